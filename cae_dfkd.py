@@ -1,0 +1,1299 @@
+r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware embeddings.
+
+A student learns from a frozen teacher without one real image. Paper: CAE-DFKD, arXiv 2504.21478,
+DAC 2025. No official code exists; this file follows the paper's public text and says, per equation,
+what is the paper's, what is prior work and what is our choice ([choice N] at the line, see below).
+
+    python cae_dfkd.py                                         # embedded data, minutes on a laptop
+    python cae_dfkd.py --teacher resnet34 --dataset cifar10    # finds or trains the teacher first
+    python cae_dfkd.py --eval-only runs/NAME/student.pt        # score a saved student
+
+Every category has an embedding e_y. CEND diffuses it with noise from several sources, a light
+generator turns the result into images. Phase A (synthesis) shapes the images by the teacher's
+logits, its BatchNorm statistics and the student's disagreement, and fills a memory bank. Phase B
+(distillation) trains the student on the bank. The phases share no graph.
+
+Notation   B batch, K categories, D width of a network's embedding, E width of a category embedding
+           e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) image in [0, 1]
+           t, s (B, K) teacher, student logits   f (B, D) penultimate embedding   h projects D -> E
+eq  what                               where                            source
+ 1  ê = e_y + M_n ⊙ q_n                CEND                             paper
+ 2  x̂ = G(ê)                           Generator                        prior work (DAFL, NAYER)
+ 3  L_CE, category consistency         category_consistency_loss        paper
+ 4  L_FM, feature matching             FeatureMatching                  paper; form of DeepInversion
+ 5  L_adv, adversarial                 adversarial_loss                 paper; form of DFAD, NAYER
+ 6  L_G = L_CE + λ L_FM + λ L_adv      generator_objective              paper; weights are ours
+ 7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
+ 8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice
+ 9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
+10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
+
+Our choices, where the paper's public text is silent:
+[choice 1]  category embeddings are centred and scaled: noise of magnitude 1 equals the signal
+[choice 2]  noise families: Gaussian, uniform, Laplace, Rademacher; one source is drawn per row
+[choice 3]  generator: linear seed, nearest upsampling, 3x3 convolutions whose channels halve
+[choice 4]  feature matching is the mean over BatchNorm layers: one weight serves every depth
+[choice 5]  the category-aware loss is a cosine softmax over the category embeddings
+[choice 6]  one linear projection h serves eq. 8 and eq. 9
+[choice 7]  a noise draw is held for a round; the generator's seed layer and its Adam start anew
+[choice 8]  the images of a round that are best by eq. 6 go to the bank
+[choice 9]  bank images are cropped and flipped before both networks see them
+[choice 10] coupled training (an ablation): a generator step and a student step per fresh batch
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import transforms
+from torchvision.models.resnet import BasicBlock
+
+
+class UserError(ValueError):
+    """Something the user can mend: `main` prints its one line and exits with code 2."""
+
+
+# ===== 1. Config: the one place where defaults live; the command line is made from it =============
+
+def opt(default, group: str, text: str, **kw):
+    """A dataclass field with its help text, its argparse group and further argparse keywords."""
+    return field(default=default, metadata={"group": group, "help": text, **kw})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The defaults are the CPU recipe; `PRESETS` change a few of them."""
+    dataset: str = opt("shapes", "run", "shapes, cifar10, cifar100, svhn, stl10, or a folder with "
+                                        "train/ and test/ (or val/) of one sub-folder per class")
+    data_root: str = opt("data", "run", "where downloaded data sets are kept")
+    image_size: int = opt(32, "run", "pixels; images of another size are resized")
+    preset: str = opt("auto", "run", "recipe", choices=("auto", "shapes", "cpu", "gpu"))
+    cycles: int = opt(150, "run", "cycles of synthesis and distillation")
+    minutes: float | None = opt(None, "run", "wall-clock budget of both phases, for --cycles")
+    seed: int = opt(0, "run", "seed of everything random")
+    device: str = opt("auto", "run", "auto takes cuda, mps or cpu")
+    precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
+                         choices=("auto", "fp32", "bf16"))
+    out: str | None = opt(None, "run", "run directory; else runs/DATASET_TEACHER_STUDENT_SEED")
+    overwrite: bool = opt(False, "run", "replace the run that is in the run directory")
+    resume: bool = opt(False, "run", "go on from last.pt in the run directory")
+    eval_only: str | None = opt(None, "run", "score this student.pt and stop")
+    eval_every: int = opt(25, "run", "cycles between evaluations on the test split")
+    probe_dataset: str | None = opt(None, "run", "data set of the linear probe, as --dataset")
+
+    teacher: str = opt("resnet20", "networks", "teacher architecture")
+    teacher_ckpt: str | None = opt(None, "networks", "teacher weights; else found or trained")
+    teacher_epochs: int = opt(60, "networks", "epochs of a teacher that has to be trained")
+    student: str | None = opt(None, "networks", "student architecture; else a smaller relative")
+    mean: tuple[float, ...] | None = opt(None, "networks", "the teacher's input mean", nargs=3)
+    std: tuple[float, ...] | None = opt(None, "networks", "the teacher's input deviation", nargs=3)
+
+    prior: str = opt("teacher", "synthesis", "category embeddings: teacher (classifier rows), "
+                                             "index (one-hot), or a (K, E) array, .npy or .pt")
+    cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
+    magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+")
+    generator_width: int = opt(64, "synthesis", "channels of the generator's seed (128 is heavy)")
+    decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
+    synth_batch: int = opt(128, "synthesis", "images of a round")
+    synth_steps: int = opt(12, "synthesis", "generator steps of a round")
+    generator_lr: float = opt(4e-3, "synthesis", "Adam step of the generator")
+    lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")
+    lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")
+    bank_capacity: int = opt(20_000, "synthesis", "images the memory bank keeps, the newest")
+    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step")
+
+    kd_steps: int = opt(40, "distillation", "student steps of a cycle")
+    batch_size: int = opt(128, "distillation", "images of a student step")
+    student_lr: float = opt(0.1, "distillation", "SGD step of the student, annealed by a cosine")
+    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student")
+    kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
+    lambda_cae: float = opt(0.1, "distillation", "weight of the category-aware loss, eq. 8")
+    lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
+    embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
+
+
+# What differs from the defaults. `gpu` takes the sizes of the literature and is NOT tried here yet.
+PRESETS: dict[str, dict] = {
+    "cpu": {},
+    "shapes": dict(teacher_epochs=8),
+    "gpu": dict(generator_width=128, synth_batch=400, synth_steps=30, batch_size=512, kd_steps=400,
+                student_lr=0.2, bank_capacity=100_000, teacher_epochs=200, eval_every=5),
+}
+STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
+            "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
+HARMLESS = {"resume", "out", "device", "data_root", "overwrite", "eval_every"}  # free on --resume
+
+
+def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
+    """Command line -> (settings, names of those given). Needs no network, data or device."""
+    parser = argparse.ArgumentParser(description="CAE-DFKD: data-free knowledge distillation.",
+                                     argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in (
+        "run", "networks", "synthesis", "distillation")}
+    for f in dataclasses.fields(Config):                 # f.type is the annotation's text
+        kw = {k: v for k, v in f.metadata.items() if k != "group"}
+        kw["help"] += f" (default: {f.default})"
+        if f.type == "bool":
+            kw["action"] = argparse.BooleanOptionalAction
+        else:
+            kw["type"] = float if "float" in f.type else int if f.type == "int" else str
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **kw)
+    given = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in vars(parser.parse_args(argv)).items()}
+    config = Config(**given)
+    config.device = pick_device(config.device)
+    if config.preset == "auto":
+        config.preset = "cpu" if config.device == "cpu" else "gpu"
+        config.preset = "shapes" if config.dataset == "shapes" else config.preset
+    for name in PRESETS[config.preset].keys() - given.keys():
+        setattr(config, name, PRESETS[config.preset][name])
+    config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
+    if config.dataset == "shapes":
+        config.probe_dataset = config.probe_dataset or "shapes-unseen"
+    config.out = config.out or "_".join(
+        ("runs/" + dataset_name(config.dataset), config.teacher, config.student, str(config.seed)))
+    return config, set(given)
+
+
+def pick_device(name: str) -> str:
+    """auto -> cuda, mps or cpu, whichever is there first."""
+    if name != "auto":
+        return name
+    mps = torch.backends.mps.is_available()
+    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+
+
+def pick_precision(name: str, device: str) -> str:
+    """auto -> bf16 where the hardware multiplies in it, and is faster for it; else fp32."""
+    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool), "mps": bool}
+    return ("bf16" if fast[device]() else "fp32") if name == "auto" else name
+
+
+# ===== 2. Data: only to train a missing teacher and to evaluate; `distill` sees none of it ========
+
+# Shapes in local coordinates: u right, v down, r radius, m = max(|u|, |v|). The first ten make up
+# the embedded data set, the others are the unseen categories of its linear probe.
+SHAPES: dict[str, Callable] = {
+    "disc": lambda u, v, r, m: r < 0.9,
+    "ring": lambda u, v, r, m: (r > 0.55) & (r < 1),
+    "square": lambda u, v, r, m: m < 0.8,
+    "frame": lambda u, v, r, m: (m > 0.5) & (m < 0.9),
+    "triangle": lambda u, v, r, m: (v < 0.7) & (v > 2 * abs(u) - 0.9),
+    "cross": lambda u, v, r, m: (np.minimum(abs(u), abs(v)) < 0.25) & (m < 1),
+    "saltire": lambda u, v, r, m: (abs(abs(u) - abs(v)) < 0.35) & (m < 0.9),
+    "bars": lambda u, v, r, m: (np.sin(8 * v) > 0) & (m < 1),
+    "checker": lambda u, v, r, m: (np.sin(5 * u) * np.sin(5 * v) > 0) & (m < 1.1),
+    "star": lambda u, v, r, m: r < 0.6 + 0.4 * np.cos(5 * np.arctan2(u, -v)),
+    "diamond": lambda u, v, r, m: abs(u) + abs(v) < 1,
+    "half": lambda u, v, r, m: (r < 1) & (v > 0),
+    "crescent": lambda u, v, r, m: (r < 1) & ((u - 0.5) ** 2 + v ** 2 > 0.6),
+    "dots": lambda u, v, r, m: (abs(u) - 0.55) ** 2 + (abs(v) - 0.55) ** 2 < 0.13,
+    "ell": lambda u, v, r, m: (m < 0.9) & ((u < -0.3) | (v > 0.3)),
+    "hourglass": lambda u, v, r, m: (abs(u) < abs(v)) & (abs(v) < 0.9),
+}
+
+
+def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
+    """n images, uint8 (n, 3, size, size), and labels. Place, size, angle, colours, noise vary."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % len(names))
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    x, y, angle = (uniform(-0.35, 0.35, 1, 1) for _ in range(3))
+    scale = uniform(0.4, 0.65, 1, 1)
+    yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
+    dx, dy = (xx - x) / scale, (yy - y) / scale                          # (n, size, size)
+    u = dx * np.cos(angle) + dy * np.sin(angle)
+    v = dy * np.cos(angle) - dx * np.sin(angle)
+    mask = np.zeros(u.shape, dtype=bool)
+    for k, name in enumerate(names):
+        i = labels == k
+        mask[i] = SHAPES[name](u[i], v[i], np.hypot(u[i], v[i]), np.maximum(abs(u[i]), abs(v[i])))
+    back, fore = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    faint = abs(fore - back).max(1, keepdims=True) < 0.4
+    fore = np.where(faint, (back + 0.5) % 1, fore)
+    shade = uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
+    noise = rng.standard_normal((n, 3, size, size), np.float32) * uniform(0, 0.06, 1, 1, 1)
+    images = (np.where(mask[:, None], fore, back + shade) + noise).clip(0, 1)
+    return TensorDataset(torch.from_numpy((images * 255).round().astype(np.uint8)),
+                         torch.from_numpy(labels))
+
+
+NORMALISATION = {   # data set: (mean, std)
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "svhn": ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def dataset_name(dataset: str) -> str:
+    """A name for files; folders of one name are told apart by a checksum of their place."""
+    if dataset in NORMALISATION or dataset.startswith("shapes"):
+        return dataset
+    place = Path(dataset).resolve()
+    return f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
+
+
+def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, list[str]]:
+    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names).
+
+    dataset: as in `Config`. What fits into 2 GiB is decoded once and kept in memory.
+    Raises UserError in one line.
+    """
+    if dataset in ("shapes", "shapes-unseen"):
+        names = list(SHAPES)[:10] if dataset == "shapes" else list(SHAPES)[10:]
+        n, seed = {"train": (5000, 1), "test": (2000, 2)}[split]
+        return draw_shapes(n, names, seed, size), names
+    sets, kw = torchvision.datasets, {"download": True, "transform": transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])}
+    try:
+        if dataset in ("cifar10", "cifar100"):
+            kind = sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100
+            data = kind(root, train=split == "train", **kw)
+        elif dataset in ("svhn", "stl10"):
+            data = (sets.SVHN if dataset == "svhn" else sets.STL10)(root, split=split, **kw)
+        else:
+            folder = Path(dataset, split)
+            if split == "test" and not folder.is_dir():
+                folder = Path(dataset, "val")
+            data = sets.ImageFolder(str(folder), kw["transform"])
+        classes = getattr(data, "classes", None) or [str(k) for k in range(10)]
+        if len(data) * 3 * size * size <= 2 << 30:
+            batches = list(DataLoader(data, batch_size=256))
+            data = TensorDataset(*(torch.cat(part) for part in zip(*batches)))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot read data set {dataset!r} ({split}): {first_line(error)}; it is shapes, or "
+            f"cifar10, cifar100, svhn, stl10 (without a network, put its files under {root}/), or "
+            f"a folder with train/ and test/ (or val/) of one sub-folder per class") from error
+    return data, classes
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def to_float(images: Tensor, device: str | torch.device) -> Tensor:
+    """uint8 (or float) images -> float32 in [0, 1] on the device, channels last."""
+    images = images.to(device, non_blocking=True)
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, pad: int = 4) -> Tensor:
+    """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
+    (b, _, h, w), device = images.shape, images.device
+    top, left = torch.randint(-pad, pad + 1, (2, b, 1), device=device)
+    rows, columns = (torch.arange(n, device=device) for n in (h, w))
+    columns = torch.where(torch.rand(b, 1, device=device) < 0.5, w - 1 - columns, columns)
+    rows, columns = ((n - 1 - (n - 1 - i.abs()).abs())[:, :, None] for i, n in (
+        (top + rows, h), (left + columns, w)))           # (B, H, 1), (B, W, 1); i outside reflects
+    image = torch.arange(b, device=device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[image, rows, columns.mT].permute(0, 3, 1, 2)
+
+
+# ===== 3. Networks and teacher loading ============================================================
+
+class ShortcutA(nn.Module):
+    """Shortcut "option A" of He et al.: every second pixel, missing channels are zero."""
+
+    def __init__(self, width: int, out: int, stride: int):
+        super().__init__()
+        self.stride, self.pad = stride, (out - width) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
+
+
+def stage(block: Callable, width: int, out: int, blocks: int, stride: int) -> nn.Sequential:
+    """A stage of a residual network: the first block changes width and resolution."""
+    rest = [block(out, out, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(block(width, out, stride), *rest)
+
+
+class CifarResNet(nn.Module):
+    """ResNet-(6n+2) of He et al. for CIFAR: 16, 32, 64 channels; x (B, 3, H, W) -> (B, K).
+
+    projection: 1x1 convolutions as shortcuts, the variant of some public checkpoints.
+    """
+
+    def __init__(self, n: int, num_classes: int, projection: bool = False):
+        super().__init__()
+
+        def block(width: int, out: int, stride: int) -> BasicBlock:
+            if width == out:
+                return BasicBlock(width, out)
+            return BasicBlock(width, out, stride, nn.Sequential(
+                nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                if projection else ShortcutA(width, out, stride))
+
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = stage(block, 16, 16, n, 1)
+        self.layer2, self.layer3 = stage(block, 16, 32, n, 2), stage(block, 32, 64, n, 2)
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class PreActBlock(nn.Module):
+    """Pre-activation block of wide ResNets, with the parameter names of the public checkpoints."""
+
+    def __init__(self, width: int, out: int, stride: int):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(out)
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.convShortcut = None if width == out else nn.Conv2d(width, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = self.convShortcut(y) if self.convShortcut else x
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y))))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-k of Zagoruyko and Komodakis; x (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, depth: int, k: int, num_classes: int):
+        super().__init__()
+        self.conv1, width, n = nn.Conv2d(3, 16, 3, padding=1, bias=False), 16, (depth - 4) // 6
+        for i, out in enumerate((16 * k, 32 * k, 64 * k), 1):
+            layer = stage(PreActBlock, width, out, n, 1 if i == 1 else 2)
+            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=layer)))
+            width = out
+        self.bn1, self.fc = nn.BatchNorm2d(width), nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+class CifarVGG(nn.Module):
+    """VGG-11 with BatchNorm in the five-block CIFAR layout; x (B, 3, H, W) -> (B, K)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        width = 3
+        for i, outs in enumerate(((64,), (128,), (256, 256), (512, 512), (512, 512))):
+            layers = []
+            for out in outs:
+                layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+                width = out
+            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))      # last ReLU: in forward
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pools = 3 if x.shape[-1] < 64 else 4                             # as the public code does
+        for i in range(5):
+            x = F.relu(getattr(self, f"block{i}")(x))
+            x = F.max_pool2d(x, 2) if i < pools else x
+        return self.classifier(x.mean((2, 3)))
+
+
+class Normalize(nn.Module):
+    """Images in [0, 1] -> what the network was trained on. No part of the state dict."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "resnet34",
+                 "resnet50", "wrn16_1", "wrn16_2", "wrn40_1", "wrn40_2", "vgg11")
+
+
+def build_model(arch: str, num_classes: int, image_size=32, projection=False) -> nn.Module:
+    """An untrained network by its literature name; raises UserError that lists the known ones.
+
+    resnet18/34/50 are torchvision's; below 128 pixels with a 3x3 stem and no first pooling.
+    """
+    if arch not in ARCHITECTURES:
+        raise UserError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    if arch == "vgg11":
+        return CifarVGG(num_classes)
+    if arch.startswith("wrn"):
+        return WideResNet(*map(int, arch[3:].split("_")), num_classes)
+    if arch not in ("resnet18", "resnet34", "resnet50"):
+        return CifarResNet((int(arch[6:]) - 2) // 6, num_classes, projection)
+    model = getattr(torchvision.models, arch)(num_classes=num_classes)
+    if image_size < 128:
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model
+
+
+def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
+    """Network that takes images in [0, 1]; convolutions run channels last."""
+    model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
+    return model.to(memory_format=torch.channels_last)
+
+
+def read_checkpoint(path: str) -> dict:
+    """A weights file -> {"state_dict": ..., more}. Nothing in the file is ever executed."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such checkpoint: {path}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is no plain weights file; if it is a pickled module, save its "
+                        f"state_dict() instead") from error
+    if not (isinstance(stored, dict) and "state_dict" in stored):
+        stored = {"state_dict": stored}
+    state = stored["state_dict"]
+    if not (isinstance(state, dict) and state
+            and all(isinstance(v, Tensor) for v in state.values())):
+        raise UserError(f"{path} holds no state dict of tensors")
+    return stored
+
+
+def load_teacher(arch: str, num_classes: int, path: str, mean=None, std=None, image_size=32
+                 ) -> nn.Sequential:
+    """A public checkpoint -> frozen network in eval mode that takes images in [0, 1].
+
+    Strips `module.`, maps head names linear / fc / classifier and shortcut / downsample, then loads
+    strictly. Normalisation: the arguments, else what the file stores, else none.
+    Raises UserError with the first missing and unexpected key, or with the two shapes that differ.
+    """
+    stored = read_checkpoint(path)
+    state, head = {}, "classifier" if arch == "vgg11" else "fc"
+    for key, value in stored["state_dict"].items():
+        key = key.removeprefix("module.").replace(".shortcut.", ".downsample.")
+        first, _, rest = key.partition(".")
+        state[f"{head}.{rest}" if first in ("linear", "fc", "classifier") else key] = value
+    net = build_model(arch, num_classes, image_size, any(".downsample." in k for k in state))
+    want = net.state_dict()
+    missing = [k for k in want if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in want]
+    if missing or extra:
+        raise UserError(f"{path} is no {arch}: missing {missing[:1]}, unexpected {extra[:1]}")
+    for k, v in state.items():
+        if v.shape != want[k].shape:
+            raise UserError(f"{path} does not fit {arch} with {num_classes} classes: {k} is "
+                            f"{tuple(v.shape)} there, {tuple(want[k].shape)} here")
+    net.load_state_dict(state)
+    mean, std = mean or stored.get("mean") or (0, 0, 0), std or stored.get("std") or (1, 1, 1)
+    return with_normalisation(net, mean, std).eval().requires_grad_(False)
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The classifier head of a network; raises UserError if it has none."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise UserError("the network has no nn.Linear, so no classifier head and no embedding")
+    return linears[-1]
+
+
+def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (B, K), embedding f (B, D)): f is what enters the network's last nn.Linear."""
+    inputs: list[Tensor] = []
+    hook = last_linear(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
+    return logits, inputs[0]
+
+
+def train_classifier(model: nn.Module, data: Dataset, epochs: int, device: str, precision: str,
+                     status: Callable[[str], None]) -> None:
+    """Supervised training of a teacher that does not exist yet: SGD, one-cycle, crop and flip."""
+    loader = DataLoader(data, batch_size=128, shuffle=True, drop_last=len(data) > 128)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    model.train()
+    for epoch in range(epochs):
+        for images, labels in loader:
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(augment(to_float(images, device)))
+            loss = F.cross_entropy(logits.float(), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        status(f"training the teacher: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
+    model.eval()
+
+
+# ===== 4. CEND and generator. Here the method begins: no files, data sets, logs, arguments ========
+
+def category_prior(embeddings: Tensor) -> Tensor:
+    """Raw category embeddings (K, E) -> centred, mean squared length K-1.             [choice 1]
+
+    Language embeddings of class names are almost parallel, so they are centred. At this scale the
+    categories have unit variance in each of the K-1 directions they span: noise of magnitude 1 is
+    as strong as the category, whatever E is.
+    """
+    e = embeddings.float() - embeddings.float().mean(0)
+    return e * math.sqrt(len(e) - 1) / e.square().sum(1).mean().sqrt().clamp_min(1e-12)
+
+
+NOISE_SOURCES: tuple[Callable[[Tensor], Tensor], ...] = (   # zero mean, unit variance   [choice 2]
+    torch.randn_like,                                       # Gaussian
+    lambda x: (2 * torch.rand_like(x) - 1) * math.sqrt(3),  # uniform
+    lambda x: torch.distributions.Laplace(torch.zeros_like(x), math.sqrt(0.5)).sample(),
+    lambda x: 2.0 * torch.randint_like(x, 2) - 1,           # Rademacher
+)
+
+
+class CEND(nn.Module):
+    """Category embedding noise diffusion, eq. 1 (paper).
+
+    ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
+
+    category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
+    """
+
+    def __init__(self, category_embeddings: Tensor, magnitudes=(1.0, 1.0, 1.0, 1.0)):
+        super().__init__()
+        self.register_buffer("embeddings", category_embeddings.clone())
+        self.register_buffer("magnitudes", torch.tensor(magnitudes, dtype=torch.float32))
+
+    def forward(self, labels: Tensor, source: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
+        """labels (B,) -> (ê (B, E), source (B,)). source: one, one per row, or None: drawn."""
+        n = len(self.magnitudes)
+        if source is None:
+            source = torch.randint(n, labels.shape, device=labels.device)
+        source = torch.as_tensor(source, device=labels.device).expand(labels.shape)
+        e = self.embeddings[labels]                                                 # e_y (B, E)
+        noise = torch.stack([NOISE_SOURCES[i % 4](e) for i in range(n)])            # (N, B, E)
+        q = noise[source, torch.arange(len(e), device=e.device)]                    # q_n (B, E)
+        return e + self.magnitudes[source, None] * q, source
+
+
+class Generator(nn.Module):
+    """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, S, S) in [0, 1].       [choice 3]
+
+    A linear layer makes a seed of `width` channels and 5 to 8 pixels; each stage doubles the pixels
+    and convolves, channels halve from the second stage on. Width 64 is light, 128 the heavy one.
+    Raises UserError where image_size S is no such seed doubled.
+    """
+
+    def __init__(self, embedding_dim: int, image_size: int = 32, width: int = 64):
+        super().__init__()
+        stages = max(1, math.ceil(math.log2(image_size / 8)))
+        seed = image_size >> stages
+        if seed << stages != image_size:
+            raise UserError(f"image size {image_size} is not {seed} doubled {stages} times; "
+                            f"use 32, 64, 128 or 224")
+        self.project = nn.Linear(embedding_dim, width * seed * seed)
+        layers = [nn.Unflatten(1, (width, seed, seed)), nn.BatchNorm2d(width)]
+        for stage in range(stages):
+            before, after = (max(width >> max(s, 0), 8) for s in (stage - 1, stage))
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, 1, 1, bias=False),
+                       nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
+        self.decode = nn.Sequential(*layers, nn.Conv2d(after, 3, 3, 1, 1), nn.Sigmoid())
+
+    def forward(self, e_hat: Tensor) -> Tensor:
+        return self.decode(self.project(e_hat))
+
+
+class MemoryBank:
+    """First-in first-out store of uint8 images (capacity, 3, S, S), labels and noise sources."""
+
+    def __init__(self, capacity: int, image_size: int, device: str | torch.device = "cpu"):
+        shape = (capacity, image_size, image_size, 3)                    # channels last
+        self.images = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        self.labels = torch.zeros(capacity, dtype=torch.long, device=device)
+        self.sources = torch.zeros(capacity, dtype=torch.long, device=device)
+        self.pushed = 0                                                  # images ever pushed
+
+    def __len__(self) -> int:
+        return min(self.pushed, len(self.labels))
+
+    def push(self, images: Tensor, labels: Tensor, sources: Tensor) -> None:
+        """images (B, 3, S, S), uint8 or float in [0, 1]; labels, sources (B,). The oldest go."""
+        if images.is_floating_point():
+            images = (images * 255).round().to(torch.uint8)
+        capacity, first = len(self.labels), max(0, len(labels) - len(self.labels))
+        where = torch.arange(first, len(labels), device=self.labels.device) + self.pushed
+        for store, new in ((self.images, images), (self.labels, labels), (self.sources, sources)):
+            store[where % capacity] = new[first:]
+        self.pushed += len(labels)
+
+    def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """images (batch, 3, S, S) float32 in [0, 1], labels, sources (batch,); with replacement."""
+        i = torch.randint(len(self), (batch,), device=self.labels.device)
+        return to_float(self.images[i], self.images.device), self.labels[i], self.sources[i]
+
+
+# ===== 5. Losses: pure functions, tensors in, scalar out ==========================================
+
+def full(x: Tensor) -> Tensor:
+    """Half precision -> float32; float32 and float64 stay: losses never compute in half."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def category_consistency_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 3 (paper): L_CE = CE(t(x̂), y), batch mean. (B, K), (B,) -> scalar >= 0."""
+    return F.cross_entropy(full(teacher_logits), labels)
+
+
+class BatchStatistics(torch.autograd.Function):
+    """Mean and biased variance over (B, H, W), by the BatchNorm kernel: x (B, C, H, W) -> (C,) x 2.
+
+    One read forward, one pass backward; `torch.var_mean` over three axes takes ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.device.type in ("cpu", "cuda"):
+            running = torch.zeros(2, x.shape[1], device=x.device)        # the kernel writes to it
+            mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
+        else:
+            var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, g_mean, g_var):
+        x, mean = ctx.saved_tensors                          # dμ/dx = 1/M, dσ²/dx = 2 (x - μ) / M
+        m = x.numel() // x.shape[1]
+        slope = 2 * g_var / m
+        shift = g_mean / m - slope * mean
+        return x * slope.to(x.dtype).view(-1, 1, 1) + shift.to(x.dtype).view(-1, 1, 1)
+
+
+def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
+                        ) -> Tensor:
+    """One layer of eq. 4: ‖μ(x̂) - μ‖₂ + ‖σ²(x̂) - σ²‖₂. (C,) each -> scalar >= 0."""
+    norm = torch.linalg.vector_norm
+    return norm(mean - running_mean) + norm(var - running_var)
+
+
+class FeatureMatching:
+    """Teacher-guided feature distribution matching, eq. 4 (paper; form of DeepInversion).
+
+    L_FM = mean over BatchNorm layers l of ‖μ_l(x̂) - μ_l‖₂ + ‖σ²_l(x̂) - σ²_l‖₂        [choice 4]
+
+        with FeatureMatching(teacher) as fm:
+            logits = teacher(images)
+        loss = fm.loss()
+
+    Hooks live only inside the `with`. Without BatchNorm in the teacher the loss is 0.
+    """
+
+    def __init__(self, teacher: nn.Module):
+        self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.terms: list[Tensor] = []
+        self.hooks: list = []
+
+    def __enter__(self) -> FeatureMatching:
+        self.terms = []
+        self.hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def measure(self, layer: nn.BatchNorm2d, args: tuple) -> None:
+        mean, var = BatchStatistics.apply(args[0])
+        self.terms.append(statistics_distance(mean, var, layer.running_mean, layer.running_var))
+
+    def loss(self) -> Tensor:
+        """Scalar >= 0 of the last forward, differentiable to the images."""
+        return torch.stack(self.terms).mean() if self.terms else torch.zeros(())
+
+
+def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Eq. 5: L_adv = -(1/B) Σ_i 1[argmax s_i = argmax t_i] KL(softmax(t_i) ‖ softmax(s_i)).
+
+    (B, K), (B, K) -> scalar <= 0. Named by the paper; form of DFAD and NAYER: disagreement is
+    sought only where student and teacher still agree.
+    """
+    s, t = F.log_softmax(full(student_logits), 1), F.log_softmax(full(teacher_logits), 1)
+    kl = F.kl_div(s, t, log_target=True, reduction="none").sum(1)                   # (B,)
+    return -(kl * (s.argmax(1) == t.argmax(1))).mean()
+
+
+def generator_objective(l_ce, l_fm, l_adv, lambda_fm: float, lambda_adv: float) -> Tensor:
+    """Eq. 6 (paper; the weights are ours): L_G = L_CE + λ_fm L_FM + λ_adv L_adv."""
+    return l_ce + lambda_fm * l_fm + lambda_adv * l_adv
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """Eq. 7 (Hinton et al.): L_KD = τ² KL(softmax(t/τ) ‖ softmax(s/τ)), sum over K, mean over B.
+
+    (B, K), (B, K) -> scalar >= 0.
+    """
+    s = F.log_softmax(full(student_logits) / temperature, 1)
+    t = F.log_softmax(full(teacher_logits) / temperature, 1)
+    return temperature ** 2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
+
+
+def category_aware_embedding_loss(z: Tensor, labels: Tensor, category_embeddings: Tensor,
+                                  temperature: float = 0.1) -> Tensor:
+    """Eq. 8: L_CAE = -log softmax_k(cos(z, e_k) / τ)[y], batch mean.                  [choice 5]
+
+    z (B, E) projected student embeddings h(f_S(x̂)); labels (B,); category_embeddings (K, E).
+    """
+    z, e = F.normalize(full(z), dim=1), F.normalize(category_embeddings, dim=1)
+    return F.cross_entropy(full(z @ e.to(z.dtype).T) / temperature, labels)
+
+
+def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Eq. 9, CNCL: rows of one category (other noise draws) attract, other categories repel.
+
+    L = -(1/|V|) Σ_{i∈V} (1/|P(i)|) Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) )
+    z (B, E), normalised here; labels (B,); P(i) the other rows of i's category; V the rows that
+    have any. Pairs: paper; form: SupCon. 0 for a batch without any pair.
+    """
+    z = F.normalize(full(z), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = (full(z @ z.T) / temperature).masked_fill(itself, -1e9)            # a ≠ i
+    log_p = similarity - similarity.logsumexp(1, keepdim=True)                      # (B, B)
+    positive = (labels[:, None] == labels) & ~itself                                # P(i)
+    per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
+    return per_row.sum() / positive.any(1).sum().clamp_min(1)                       # mean over V
+
+
+def student_objective(l_kd, l_cae, l_cncl, lambda_cae: float, lambda_cncl: float) -> Tensor:
+    """Eq. 10 (paper for KD + CNCL): L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL."""
+    return l_kd + lambda_cae * l_cae + lambda_cncl * l_cncl
+
+
+def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
+    """Diversity of f (B, D): squared distance to the category's mean, averaged. 0 = collapsed."""
+    member = F.one_hot(labels).to(f.dtype)                                          # (B, K)
+    means = member.T @ f / member.sum(0).clamp_min(1)[:, None]                      # (K, D)
+    return (f - means[labels]).square().sum(1).mean()
+
+
+# ===== 6. Phase A, synthesis: the generator learns, the student is frozen =========================
+
+@dataclass
+class State:
+    """All that changes while distilling; all of it goes into last.pt."""
+    student: nn.Module
+    generator: Generator
+    cend: CEND
+    head: nn.Linear                                      # h: f_S (B, D) -> (B, E)     [choice 6]
+    bank: MemoryBank
+    generator_optimizer: torch.optim.Optimizer
+    student_optimizer: torch.optim.Optimizer
+    cycle: int = 0
+    seconds: float = 0.0                                 # of both phases; no evaluation, no saving
+
+
+def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None = None
+              ) -> State:
+    """Generator, head, bank and optimisers on the teacher's device. prior (K, E): given embeddings.
+
+    Raises UserError for a prior of another shape than (K, E) or with infinite numbers.
+    """
+    rows = last_linear(teacher).weight.detach()                                     # (K, D)
+    if prior is None:
+        prior = torch.eye(len(rows)) if config.prior == "index" else rows
+    if prior.ndim != 2 or len(prior) != len(rows) or not prior.isfinite().all():
+        raise UserError(f"the prior is {tuple(prior.shape)}; it must be finite and "
+                        f"({len(rows)}, E), a row for each category of the teacher")
+    e = category_prior(prior.to(rows.device))
+    generator = Generator(e.shape[1], config.image_size, config.generator_width)
+    generator.to(rows.device, memory_format=torch.channels_last)
+    head = nn.Linear(last_linear(student).in_features, e.shape[1], device=rows.device)
+    sgd = torch.optim.SGD([*student.parameters(), *head.parameters()], config.student_lr, 0.9,
+                          weight_decay=config.weight_decay, nesterov=True)
+    return State(student, generator,
+                 CEND(e if config.cend else torch.zeros_like(e), config.magnitudes).to(rows.device),
+                 head, MemoryBank(config.bank_capacity, config.image_size, rows.device),
+                 adam(generator, config), sgd)
+
+
+def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
+
+
+def autocast(like: Tensor, config: Config) -> torch.autocast:
+    """bf16 for the networks if config.precision says so; losses compute in float32 all the same."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def freeze(model: nn.Module) -> None:
+    model.eval().requires_grad_(False)
+
+
+def unfreeze(model: nn.Module) -> None:
+    model.train().requires_grad_(True)
+
+
+def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
+                   ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One Adam step on eq. 6 -> (images before it, their L_G, {term: value}), all detached."""
+    matching = FeatureMatching(teacher) if config.lambda_fm else contextlib.nullcontext()
+    with autocast(e_hat, config):
+        images = state.generator(e_hat)                                             # eq. 2
+        with matching as fm:
+            t = teacher(images)
+        s = state.student(images) if config.lambda_adv else None
+    zero = torch.zeros((), device=t.device)
+    l_ce = category_consistency_loss(t, labels)                                     # eq. 3
+    l_fm = fm.loss() if fm else zero                                                # eq. 4
+    l_adv = zero if s is None else adversarial_loss(s, t)                           # eq. 5
+    loss = generator_objective(l_ce, l_fm, l_adv, config.lambda_fm, config.lambda_adv)   # eq. 6
+    state.generator_optimizer.zero_grad()
+    loss.backward()
+    state.generator_optimizer.step()
+    terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
+    return images.detach(), loss.detach(), terms
+
+
+@torch.no_grad()
+def diversity(teacher: nn.Module, images: Tensor, labels: Tensor, config: Config) -> dict:
+    """What to look at when a student does not learn: within-class variance, share recognised."""
+    with autocast(images, config):
+        t, f = forward_with_embedding(teacher, images)
+    return {"variance": within_class_variance(f.float(), labels),
+            "recognised": (t.argmax(1) == labels).float().mean()}
+
+
+def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
+    """Phase A: one noise draw, a few generator steps, the best images to the bank -> terms."""
+    e = state.cend.embeddings
+    freeze(state.student)
+    offset = torch.randint(len(e), (), device=e.device)
+    labels = (torch.arange(config.synth_batch, device=e.device) + offset) % len(e)  # balanced
+    e_hat, sources = state.cend(labels)                              # held for a round  [choice 7]
+    state.generator.project.reset_parameters()
+    state.generator_optimizer = adam(state.generator, config)
+    best, lowest = None, None
+    for _ in range(config.synth_steps):
+        images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
+        better = lowest is None or loss < lowest
+        best = images if lowest is None else torch.where(better, images, best)      # [choice 8]
+        lowest = loss if lowest is None else torch.minimum(loss, lowest)
+    state.bank.push(best, labels, sources)
+    return terms | diversity(teacher, best, labels, config)
+
+
+# ===== 7. Phase B, distillation, and the loop over both ===========================================
+
+def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tensor, config: Config
+                 ) -> dict[str, Tensor]:
+    """One SGD step of student and head on eq. 10; images (B, 3, H, W) in [0, 1] -> terms."""
+    with autocast(images, config):
+        with torch.no_grad():
+            t = teacher(images)
+        s, f = forward_with_embedding(state.student, images)
+    zero = torch.zeros((), device=s.device)
+    z = state.head(f.float()) if config.lambda_cae or config.lambda_cncl else None  # h(f_S(x̂))
+    tau, e = config.embedding_temperature, state.cend.embeddings
+    l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
+    l_cae = category_aware_embedding_loss(z, labels, e, tau) if config.lambda_cae else zero  # eq. 8
+    l_cncl = contrastive_loss(z, labels, tau) if config.lambda_cncl else zero       # eq. 9
+    loss = student_objective(l_kd, l_cae, l_cncl, config.lambda_cae, config.lambda_cncl)  # eq. 10
+    state.student_optimizer.zero_grad()
+    loss.backward()
+    state.student_optimizer.step()
+    return {"kd": l_kd.detach(), "cae": l_cae.detach(), "cncl": l_cncl.detach()}
+
+
+def distillation_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
+    """Phase B: student steps on batches of the bank; the generator is not called -> mean terms."""
+    unfreeze(state.student)
+    total: dict[str, Tensor] = {}
+    for _ in range(config.kd_steps):
+        images, labels, _ = state.bank.sample(config.batch_size)
+        terms = student_step(state, teacher, augment(images), labels, config)       # [choice 9]
+        total = {k: total.get(k, 0) + v for k, v in terms.items()}
+    return {k: v / config.kd_steps for k, v in total.items()}
+
+
+def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
+    """In place of both phases: a generator and a student step on each fresh batch.   [choice 10]"""
+    e = state.cend.embeddings
+    for _ in range(config.kd_steps):
+        labels = torch.randint(len(e), (config.batch_size,), device=e.device)
+        e_hat, sources = state.cend(labels)
+        freeze(state.student)
+        images, _, terms = generator_step(state, teacher, e_hat, labels, config)
+        unfreeze(state.student)
+        terms |= student_step(state, teacher, augment(images.float()), labels, config)
+    state.bank.push(images, labels, sources)                             # only for samples.png
+    return terms | diversity(teacher, images, labels, config)
+
+
+def run_progress(state: State, config: Config) -> float:
+    """Share of the run that is done: of the wall-clock budget, if there is one, or the cycles."""
+    if config.minutes:
+        return min(1.0, state.seconds / (60 * config.minutes))
+    return state.cycle / config.cycles
+
+
+def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None = None,
+            state: State | None = None, on_cycle: Callable[[State, dict], None] | None = None
+            ) -> nn.Module:
+    """Train `student` to imitate `teacher` on images that the generator makes. No data set goes in.
+
+    Both take images in [0, 1] and sit on one device; the teacher stays bit-identical. prior (K, E):
+    category embeddings in place of config.prior. state: go on from there. on_cycle(state, metrics)
+    follows each cycle and cannot disturb it. Returns the student, in eval mode. Raises
+    FloatingPointError with the name and cycle of a loss that is not finite.
+    """
+    freeze(teacher)
+    if state is None:
+        torch.manual_seed(config.seed)
+        state = new_state(teacher, student, config, prior)
+    while (progress := run_progress(state, config)) < 1:
+        for group in state.student_optimizer.param_groups:
+            group["lr"] = config.student_lr * (1 + math.cos(math.pi * progress)) / 2
+        start = middle = time.perf_counter()
+        metrics: dict = {"cycle": state.cycle + 1, "lr": group["lr"]}
+        if config.decoupled:
+            for _ in range(1 if state.cycle else 1 + config.warmup_rounds):
+                terms = synthesis_round(state, teacher, config)                     # phase A
+            metrics |= to_numbers(terms)
+            middle = time.perf_counter()
+            metrics |= to_numbers(distillation_phase(state, teacher, config))       # phase B
+        else:
+            metrics |= to_numbers(coupled_phase(state, teacher, config))
+        end = time.perf_counter()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} in cycle {state.cycle + 1}")
+        state.cycle, state.seconds = state.cycle + 1, state.seconds + end - start
+        metrics |= {"seconds_synthesis": middle - start, "seconds_distillation": end - middle,
+                    "seconds": state.seconds, "images": state.bank.pushed}
+        if on_cycle:
+            with torch.random.fork_rng():
+                on_cycle(state, metrics)
+    return student.eval()
+
+
+def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Device scalars -> floats in one transfer: the one place where the host waits for a device."""
+    return dict(zip(terms, torch.stack([v.float() for v in terms.values()]).tolist()))
+
+
+# ===== 8. Evaluation, on real data: accuracy, agreement, linear probe =============================
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Run a network in eval mode over a data set: logits (N, K), embeddings (N, D), labels (N,)."""
+    model.eval()
+    rows = []
+    for images, labels in DataLoader(data, batch_size=256):
+        logits, f = forward_with_embedding(model, to_float(images, device))
+        rows.append((logits.float(), f.float(), labels.to(device)))
+    return tuple(torch.cat(part) for part in zip(*rows))
+
+
+def top1(scores: Tensor, labels: Tensor) -> float:
+    """Percentage of rows of scores (N, K) whose largest entry is at labels (N,)."""
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
+
+
+def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression by full-batch L-BFGS: weights (D, k) under L2, bias (k,)."""
+    w = torch.zeros(x.shape[1], k, device=x.device, requires_grad=True)
+    b = torch.zeros(k, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ w + b, y) + l2 / 2 * w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return w.detach(), b.detach()
+
+
+def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str = "cpu",
+                 l2_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)) -> dict:
+    """How well frozen embeddings serve another task: {"accuracy": percent, "l2": chosen strength}.
+
+    train and test yield (image, label), images uint8 or float in [0, 1]. Embeddings are
+    standardised by train statistics; L2 is chosen on a held-out tenth of train.
+    """
+    (_, x, y), (_, x_test, y_test) = (predict(backbone, data, device) for data in (train, test))
+    std, mean = torch.std_mean(x, 0)
+    x, x_test = ((v - mean) / std.clamp_min(1e-6) for v in (x, x_test))
+    k, tenth = int(y.max()) + 1, max(1, len(x) // 10)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    held, rest = order[:tenth], order[tenth:]
+
+    def score(l2: float) -> float:
+        w, b = fit_logistic(x[rest], y[rest], k, l2)
+        return top1(x[held] @ w + b, y[held])
+
+    l2 = max(l2_grid, key=score)
+    w, b = fit_logistic(x, y, k, l2)
+    return {"accuracy": top1(x_test @ w + b, y_test), "l2": l2}
+
+
+def probe_all(models: dict[str, nn.Module], config: Config) -> dict[str, float]:
+    """Accuracy of the probe on config.probe_dataset, for each network."""
+    train, test = (load_data(config.probe_dataset, split, config.data_root, config.image_size)[0]
+                   for split in ("train", "test"))
+    return {name: linear_probe(model, train, test, config.device)["accuracy"]
+            for name, model in models.items()}
+
+
+# ===== 9. Run directory: checkpoints, pictures, status line =======================================
+
+def save_atomic(thing, path: Path) -> None:
+    """torch.save by way of a temporary file: `path` holds the old or the new, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(thing, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:             # torch calls a full disk a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {first_line(error)}; what was there is intact"
+                        ) from error
+
+
+STATEFUL = ("student", "generator", "cend", "head", "generator_optimizer", "student_optimizer")
+
+
+def pack_state(state: State, config: Config) -> dict:
+    """State, settings and random generators as plain types that `weights_only=True` reads back."""
+    bank, n, cuda = state.bank, len(state.bank), config.device == "cuda"
+    return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
+            "bank": [part[:n].clone() for part in (bank.images, bank.labels, bank.sources)],
+            "pushed": bank.pushed, "cycle": state.cycle, "seconds": state.seconds,
+            "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])],
+            "config": dataclasses.asdict(config)}
+
+
+def unpack_state(saved: dict, state: State) -> None:
+    """The inverse of `pack_state`, into a new state of the same settings."""
+    for name in STATEFUL:
+        getattr(state, name).load_state_dict(saved[name])
+    bank = state.bank
+    for part, kept in zip((bank.images, bank.labels, bank.sources), saved["bank"]):
+        part[:len(kept)] = kept.to(part.device)
+    bank.pushed, state.cycle, state.seconds = saved["pushed"], saved["cycle"], saved["seconds"]
+    torch.set_rng_state(saved["rng"][0])
+    if len(saved["rng"]) > 1:
+        torch.cuda.set_rng_state_all(saved["rng"][1:])
+
+
+def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
+    """Weights, architecture, normalisation: a file that `load_teacher` and --teacher-ckpt read."""
+    return {"state_dict": model.net.state_dict(), "arch": arch, "image_size": image_size,
+            "mean": model.normalize.mean.flatten().tolist(),
+            "std": model.normalize.std.flatten().tolist()}
+
+
+def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
+    """Grid of the newest bank images: a column for each of the first 20 categories."""
+    age = (bank.pushed - 1 - torch.arange(len(bank), device=bank.labels.device)) % len(bank)
+    newest, columns = age.argsort(), min(num_classes, 20)
+    grid = torch.zeros(rows, columns, *bank.images.shape[1:])
+    for k in range(columns):
+        i = newest[bank.labels[newest] == k][:rows]
+        grid[:len(i), k] = bank.images[i].cpu() / 255
+    torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
+
+
+class Status:
+    """An updating line on a terminal; elsewhere a plain line, at most every ten seconds."""
+
+    def __init__(self):
+        self.terminal, self.last = sys.stdout.isatty(), -math.inf
+
+    def __call__(self, text: str) -> None:
+        if self.terminal:
+            print(f"\r\033[K{text[:os.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            print(text, flush=True)
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        print(("\r\033[K" if self.terminal else "") + text, flush=True)
+
+
+# ===== 10. Main ===================================================================================
+
+def get_teacher(config: Config, num_classes: int, status: Status) -> nn.Module:
+    """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
+    name = f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}.pth"
+    path, known = Path(config.teacher_ckpt or name), NORMALISATION.get(config.dataset)
+    if not (config.teacher_ckpt or path.exists()):
+        status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
+        train, _ = load_data(config.dataset, "train", config.data_root, config.image_size)
+        if not known:                                    # measured on some 2,000 images
+            some = [train[i][0] for i in range(0, len(train), max(1, len(train) // 2000))]
+            std, mean = torch.std_mean(torch.stack(some).float() / 255, (0, 2, 3))
+            known = mean.tolist(), std.tolist()
+        net = build_model(config.teacher, num_classes, config.image_size)
+        model = with_normalisation(net, *known).to(config.device)
+        train_classifier(model, train, config.teacher_epochs, config.device, config.precision,
+                         status)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_atomic(export(model, config.teacher, config.image_size), path)
+    stored = read_checkpoint(str(path))
+    mean, std = config.mean or stored.get("mean"), config.std or stored.get("std")
+    if not (known or mean and std):
+        status.line(f"warning: {path} stores no normalisation; ImageNet's is taken (--mean, --std)")
+    known = known or NORMALISATION["imagenet"]
+    return load_teacher(config.teacher, num_classes, str(path), mean or known[0], std or known[1],
+                        config.image_size).to(config.device)
+
+
+def read_prior(name: str) -> Tensor | None:
+    """--prior FILE -> (K, E) tensor; None for the priors that need no file."""
+    if name in ("teacher", "index"):
+        return None
+    try:
+        if name.endswith(".npy"):
+            return torch.from_numpy(np.load(name, allow_pickle=False)).float()
+        return torch.load(name, map_location="cpu", weights_only=True).float()
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, AttributeError,
+            pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read the prior {name!r}: it is neither teacher, index nor a "
+                        f"(K, E) array in a .npy or .pt file") from error
+
+
+def evaluate_only(config: Config, status: Status) -> None:
+    """--eval-only: accuracy and probe of a saved student.pt, which says what network it is."""
+    stored, path = read_checkpoint(config.eval_only), config.eval_only
+    if not {"arch", "image_size"} <= stored.keys():
+        raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
+    config.image_size = stored["image_size"]
+    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+    model = load_teacher(stored["arch"], len(classes), path, image_size=config.image_size)
+    logits, _, labels = predict(model.to(config.device), test, config.device)
+    status.line(f"{stored['arch']}: {top1(logits, labels):.2f} % on {len(test)} test images")
+    if config.probe_dataset:
+        accuracy = probe_all({"student": model}, config)["student"]
+        status.line(f"linear probe on {config.probe_dataset}: {accuracy:.2f} %")
+
+
+def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | None]:
+    """Guard the run directory -> (settings, saved state or None)."""
+    last = Path(config.out) / "last.pt"
+    if not config.resume:
+        if last.exists() and not config.overwrite:
+            raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
+                            f"another --out")
+        return config, None
+    if not last.exists():
+        raise UserError(f"nothing to resume: there is no {last}")
+    saved = torch.load(last, map_location="cpu", weights_only=True)
+    changed = {k for k in given - HARMLESS if getattr(config, k) != saved["config"][k]}
+    if changed:
+        raise UserError(f"a resumed run keeps its settings; this would change "
+                        f"{', '.join(sorted(changed))}")
+    free = {k: getattr(config, k) for k in HARMLESS & given}
+    return Config(**{**saved["config"], "device": config.device, **free}), saved
+
+
+def run(config: Config, given: set[str]) -> None:
+    """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
+    status = Status()
+    if config.eval_only:
+        return evaluate_only(config, status)
+    config, saved = resume_or_start(config, given)
+    config.precision = pick_precision(config.precision, config.device)
+    for arch in (config.student, config.teacher):        # a wrong name fails before any work
+        build_model(arch, 2)
+    prior = read_prior(config.prior)
+    torch.manual_seed(config.seed)
+    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+    teacher = get_teacher(config, len(classes), status)
+    t_logits, _, labels = predict(teacher, test, config.device)
+    teacher_accuracy = top1(t_logits, labels)
+    status.line(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on {len(test)} test images")
+
+    def fresh_student() -> nn.Module:
+        torch.manual_seed(config.seed)
+        net = build_model(config.student, len(classes), config.image_size)
+        return with_normalisation(net, *(v.tolist() for v in teacher.normalize.buffers())
+                                  ).to(config.device)
+
+    student = fresh_student()
+    state = new_state(teacher, student, config, prior)
+    if saved:
+        unpack_state(saved, state)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if saved and log.exists() else []
+    log.write_text("".join(lines[:state.cycle]))
+    sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (student, state.generator)]
+    status.line(f"student {config.student} {sizes[0]} weights, generator {sizes[1]}, preset "
+                f"{config.preset}, {config.device} {config.precision}, torch {torch.__version__}, "
+                f"into {out}")
+
+    def on_cycle(state: State, metrics: dict) -> None:
+        done = run_progress(state, config)
+        status(f"cycle {state.cycle} {done:4.0%}, {state.seconds * (1 / done - 1):.0f} s left, "
+               f"kd {metrics['kd']:.3f}, variance {metrics['variance']:.2f}, recognised "
+               f"{metrics['recognised']:.0%}, {metrics['images']:,} images")
+        if state.cycle % config.eval_every == 0:
+            metrics["accuracy"] = top1(predict(student, test, config.device)[0], labels)
+            status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")
+        with log.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        save_atomic(pack_state(state, config), out / "last.pt")
+
+    distill(teacher, student, config, prior, state, on_cycle)
+    save_samples(state.bank, len(classes), out / "samples.png")
+    save_atomic(export(student, config.student, config.image_size), out / "student.pt")
+    logits, _, _ = predict(student, test, config.device)
+    summary = {"teacher_accuracy": teacher_accuracy, "student_accuracy": top1(logits, labels),
+               "agreement": top1(logits, t_logits.argmax(1)), "test_images": len(test),
+               "cycles": state.cycle, "seconds": state.seconds, "images": state.bank.pushed,
+               "seed": config.seed, "versions": {m.__name__: m.__version__ for m in (
+                   torch, torchvision, np)}}
+    status.line(f"student {config.student}: {summary['student_accuracy']:.2f} % (teacher "
+                f"{teacher_accuracy:.2f} %), agreement {summary['agreement']:.2f} %, "
+                f"{state.bank.pushed:,} images made in {state.seconds:.0f} s")
+    if config.probe_dataset:
+        models = {"student": student, "teacher": teacher, "untrained": fresh_student()}
+        summary["probe"] = probe_all(models, config)
+        status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
+            f"{name} {accuracy:.2f} %" for name, accuracy in summary["probe"].items()))
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
+    config, given = parse_args(argv)
+    try:
+        run(config, given)
+    except (UserError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the last whole cycle is saved: --resume --out {config.out}",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

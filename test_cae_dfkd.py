@@ -1,0 +1,753 @@
+"""Tests of cae_dfkd.py: oracles, invariants, checkpoint layouts, the real command line, the README.
+
+Run with `python -m pytest -q`. Tests that need real images look for ../shared/data (or the folder in
+CAE_DFKD_DATA) and skip, saying so, where it is absent.
+"""
+import ast
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import cae_dfkd as C
+
+HERE = Path(__file__).resolve().parent
+REAL = Path(os.environ.get("CAE_DFKD_DATA", HERE.parent / "shared" / "data"))
+needs_real = pytest.mark.skipif(not (REAL / "cifar10").is_dir(),
+                                reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it")
+SOURCE = (HERE / "cae_dfkd.py").read_text()
+TINY = dict(precision="fp32", cycles=2, generator_width=16, synth_batch=20, synth_steps=2, kd_steps=2,
+            batch_size=20, bank_capacity=64, warmup_rounds=1, image_size=16)
+
+
+def rng(*shape, seed=0, scale=1.0):
+    return np.random.default_rng(seed).standard_normal(shape) * scale
+
+
+@pytest.fixture
+def pair():
+    """A small teacher with lived-in BatchNorm statistics, and a student: both take (B, 3, 16, 16)."""
+    torch.manual_seed(1)
+    teacher, student = C.build_model("resnet20", 4), C.build_model("resnet8", 4)
+    for _ in range(3):
+        teacher(torch.rand(16, 3, 16, 16))
+    return teacher.eval(), student
+
+
+def distilled(pair, **changes):
+    teacher, student = pair
+    return C.distill(teacher, student, C.Config(**{**TINY, **changes}))
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- oracles: each loss against a slow computation, value and gradient -------------------------------
+
+def log_softmax(row):
+    top = max(row)
+    return [v - top - math.log(sum(math.exp(u - top) for u in row)) for v in row]
+
+
+def slow_ce(t, y):
+    return sum(-log_softmax(row)[k] for row, k in zip(t, y)) / len(t)
+
+
+def slow_kd(s, t, tau):
+    total = 0.0
+    for row_s, row_t in zip(s, t):
+        ls, lt = log_softmax([v / tau for v in row_s]), log_softmax([v / tau for v in row_t])
+        total += sum(math.exp(b) * (b - a) for a, b in zip(ls, lt))
+    return tau * tau * total / len(s)
+
+
+def slow_adversarial(s, t):
+    total = 0.0
+    for row_s, row_t in zip(s, t):
+        if max(range(len(row_s)), key=lambda k: row_s[k]) == max(range(len(row_t)), key=lambda k: row_t[k]):
+            total += sum(math.exp(b) * (b - a) for a, b in zip(log_softmax(row_s), log_softmax(row_t)))
+    return -total / len(s)
+
+
+def unit(row):
+    length = math.sqrt(sum(v * v for v in row))
+    return [v / length for v in row]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+def slow_cae(z, y, e, tau):
+    return sum(-log_softmax([dot(unit(row), unit(other)) / tau for other in e])[k] for row, k in zip(z, y)) / len(z)
+
+
+def slow_contrastive(z, y, tau):
+    z, terms = [unit(row) for row in z], []
+    for i in range(len(z)):
+        positives = [p for p in range(len(z)) if p != i and y[p] == y[i]]
+        if positives:
+            below = sum(math.exp(dot(z[i], z[a]) / tau) for a in range(len(z)) if a != i)
+            terms.append(-sum(math.log(math.exp(dot(z[i], z[p]) / tau) / below) for p in positives) / len(positives))
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+def slow_statistics(x, mean, var):
+    """Eq. 4 of one layer for x (B, C, H, W), pixel by pixel."""
+    first = second = 0.0
+    for c in range(x.shape[1]):
+        pixels = [float(v) for v in x[:, c].flatten()]
+        mu = sum(pixels) / len(pixels)
+        first += (mu - mean[c]) ** 2
+        second += (sum((p - mu) ** 2 for p in pixels) / len(pixels) - var[c]) ** 2
+    return math.sqrt(first) + math.sqrt(second)
+
+
+def numeric_gradient(f, x, h=1e-6):
+    g = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += h
+        down[i] -= h
+        g[i] = (f(up) - f(down)) / (2 * h)
+    return g
+
+
+LABELS = [0, 1, 2, 0, 1, 0]
+S, T, Z, E = rng(6, 4, seed=1, scale=2), rng(6, 4, seed=2, scale=2), rng(6, 5, seed=3), rng(4, 5, seed=4)
+S[:3] = T[:3] + 0.3                                     # half of the rows agree on the argmax, half need not
+ORACLES = {
+    "eq3": (lambda x: C.category_consistency_loss(x, torch.tensor(LABELS)), lambda x: slow_ce(x, LABELS), T),
+    "eq5 student": (lambda x: C.adversarial_loss(x, torch.tensor(T)), lambda x: slow_adversarial(x, T), S),
+    "eq5 teacher": (lambda x: C.adversarial_loss(torch.tensor(S), x), lambda x: slow_adversarial(S, x), T),
+    "eq7": (lambda x: C.kd_loss(x, torch.tensor(T), 3.0), lambda x: slow_kd(x, T, 3.0), S),
+    "eq7 default": (lambda x: C.kd_loss(x, torch.tensor(T)), lambda x: slow_kd(x, T, 4.0), S),
+    "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(LABELS), torch.tensor(E), 0.2),
+            lambda x: slow_cae(x, LABELS, E, 0.2), Z),
+    "eq9": (lambda x: C.contrastive_loss(x, torch.tensor(LABELS), 0.3), lambda x: slow_contrastive(x, LABELS, 0.3), Z),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_loss_value_and_gradient(name):
+    fast, slow, x = ORACLES[name]
+    tensor = torch.tensor(x, requires_grad=True)
+    value = fast(tensor)
+    value.backward()
+    assert value.shape == () and value.item() == pytest.approx(slow(x), rel=1e-9)
+    np.testing.assert_allclose(tensor.grad.numpy(), numeric_gradient(slow, x), atol=1e-6)
+    assert np.abs(tensor.grad.numpy()).max() > 1e-4     # an oracle of a constant would prove nothing
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_value_and_gradient(layout):
+    x = rng(3, 4, 2, 5, seed=5) * 2 + 1
+    mean, var = rng(4, seed=6), np.abs(rng(4, seed=7))
+    tensor = torch.tensor(x).float().contiguous(memory_format=layout).requires_grad_()
+    batch = C.BatchStatistics.apply(tensor)
+    loss = C.statistics_distance(*batch, torch.tensor(mean).float(), torch.tensor(var).float())
+    loss.backward()
+    assert loss.item() == pytest.approx(slow_statistics(x, mean, var), rel=1e-5)
+    expected = numeric_gradient(lambda v: slow_statistics(v, mean, var), x)
+    np.testing.assert_allclose(tensor.grad.numpy(), expected, atol=1e-5)
+
+
+def test_statistics_under_bf16_stay_close():
+    x = torch.tensor(rng(8, 16, 8, 8) * 3 + 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    mean, var = C.BatchStatistics.apply(x)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, x.double().mean((0, 2, 3)).float(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(var, x.double().var((0, 2, 3), correction=0).float(), atol=1e-3, rtol=1e-3)
+
+
+def test_feature_matching_is_the_mean_over_layers_and_leaves_no_hook(pair):
+    teacher, _ = pair
+    seen, x = [], torch.rand(4, 3, 16, 16)
+    layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [m.register_forward_hook(lambda m, a, o: seen.append((m, a[0].detach().clone()))) for m in layers]
+    teacher(x)
+    for handle in handles:
+        handle.remove()
+    slow = [slow_statistics(a, m.running_mean.tolist(), m.running_var.tolist()) for m, a in seen]
+    x.requires_grad_()
+    with C.FeatureMatching(teacher) as fm:
+        teacher(x)
+    loss = fm.loss()
+    loss.backward()
+    assert len(slow) == 19 and loss.item() == pytest.approx(sum(slow) / 19, rel=1e-4)
+    assert x.grad.abs().sum() > 0
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
+    before = len(fm.terms)
+    teacher(torch.rand(2, 3, 16, 16))
+    assert len(fm.terms) == before
+    with pytest.raises(RuntimeError), C.FeatureMatching(teacher):
+        raise RuntimeError
+    assert not any(m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_feature_matching_without_batchnorm_is_zero():
+    with C.FeatureMatching(nn.Linear(2, 2)) as fm:
+        pass
+    assert fm.loss().item() == 0
+
+
+def test_objectives_are_weighted_sums():
+    a, b, c = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(-5.0)
+    assert C.generator_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5                 # eq. 6
+    assert C.student_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5                   # eq. 10
+
+
+ALL_LOSSES = {
+    "ce": lambda x, y: C.category_consistency_loss(x, y),
+    "adv": lambda x, y: C.adversarial_loss(x, x.detach().flip(1) * 0.5 + x.detach()),
+    "kd": lambda x, y: C.kd_loss(x, x.detach().flip(1)),
+    "cae": lambda x, y: C.category_aware_embedding_loss(x, y, torch.eye(4)),
+    "cncl": lambda x, y: C.contrastive_loss(x, y),
+}
+
+
+@pytest.mark.parametrize("name", ALL_LOSSES)
+@pytest.mark.parametrize("x, y", [
+    (torch.randn(1, 4), [2]), (torch.randn(5, 4), [1] * 5), (torch.randn(4, 4), [0, 1, 2, 3]), (torch.zeros(6, 4), [0, 0, 1, 1, 2, 3]),
+    (torch.randn(6, 4) * 1e4, [0, 0, 1, 1, 2, 3]), (torch.randn(6, 4).bfloat16(), [0, 0, 1, 1, 2, 3])],
+    ids=["one row", "one class", "no pair", "zeros", "extreme", "bf16"])
+def test_losses_are_finite(name, x, y):
+    for autocast in (False, True):
+        x = x.clone().detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = ALL_LOSSES[name](x, torch.tensor(y))
+        loss.backward()
+        assert loss.isfinite() and x.grad.isfinite().all()
+        assert loss <= 0 if name == "adv" else loss >= -1e-6
+    if name == "cncl" and len(set(y)) == len(y):
+        assert loss == 0
+
+
+def test_within_class_variance():
+    f = torch.tensor([[0.0, 0], [2, 0], [5, 5], [5, 5]])
+    assert C.within_class_variance(f, torch.tensor([0, 0, 1, 1])).item() == 0.5
+
+
+# --- CEND, generator, bank, augmentation ------------------------------------------------------------
+
+@pytest.mark.parametrize("source", range(4))
+def test_cend_sources(source):
+    e = torch.tensor(rng(3, 8, seed=8)).float()
+    cend = C.CEND(e, (1.0, 2.0, 3.0, 4.0))
+    labels = torch.arange(3).repeat(4000)
+    torch.manual_seed(0)
+    e_hat, used = cend(labels, source)
+    noise = (e_hat - e[labels]) / (source + 1)
+    assert (used == source).all() and e_hat.shape == (12000, 8)
+    assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1) < 0.03
+    kurtosis = noise.pow(4).mean().item()
+    assert kurtosis == pytest.approx([3, 1.8, 6, 1][source], rel=0.1)     # tells the four families apart
+
+
+def test_cend_draws_every_source_and_takes_any_number():
+    cend = C.CEND(torch.zeros(2, 4), tuple(range(1, 9)))
+    torch.manual_seed(0)
+    e_hat, source = cend(torch.zeros(8000, dtype=torch.long))
+    assert torch.bincount(source, minlength=8).min() > 850
+    for n in range(8):
+        assert e_hat[source == n].std().item() == pytest.approx(n + 1, rel=0.06)
+    rows = torch.tensor([3, 1])
+    assert torch.equal(cend(torch.tensor([0, 1]), rows)[1], rows)
+
+
+def test_prior_is_centred_and_scaled():
+    e = C.category_prior(torch.tensor(rng(10, 64) * 7 + 3))
+    assert e.mean(0).abs().max() < 1e-5
+    assert e.square().sum(1).mean().item() == pytest.approx(9, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 224])
+def test_generator_shapes(size):
+    x = C.Generator(12, size)(torch.randn(2, 12))
+    assert x.shape == (2, 3, size, size) and 0 <= x.min() and x.max() <= 1
+
+
+def test_light_generator_is_light():
+    light, heavy = (sum(p.numel() for n, p in C.Generator(64, 32, w).named_parameters() if "project" not in n) for w in (64, 128))
+    assert heavy > 3.2 * light
+    with pytest.raises(C.UserError, match="image size"):
+        C.Generator(4, 33)
+
+
+def test_bank_is_first_in_first_out():
+    bank = C.MemoryBank(5, 2)
+    for i in range(9):
+        n = torch.tensor([i])
+        bank.push(torch.full((1, 3, 2, 2), i / 255), n, n % 4)
+    assert len(bank) == 5 and sorted(bank.labels.tolist()) == [4, 5, 6, 7, 8] and bank.images.dtype == torch.uint8
+    images, labels, sources = bank.sample(100)
+    assert torch.equal((images * 255).round()[:, 0, 0, 0].long(), labels) and torch.equal(labels % 4, sources)
+    assert set(labels.tolist()) == {4, 5, 6, 7, 8}
+    bank.push(torch.rand(12, 3, 2, 2), torch.arange(12), torch.zeros(12, dtype=torch.long))
+    assert len(bank) == 5 and sorted(bank.labels.tolist()) == [7, 8, 9, 10, 11]
+
+
+def test_augment_moves_and_flips_whole_images():
+    torch.manual_seed(0)
+    x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, 3, 4, 4) / 16
+    y = C.augment(x, pad=1)
+    padded = F.pad(x[:1], (1, 1, 1, 1), mode="reflect")
+    crops = [padded[0, :, i:i + 4, j:j + 4] for i in range(3) for j in range(3)]
+    views = crops + [crop.flip(2) for crop in crops]
+    hits = [sum(torch.equal(row, v) for row in y) for v in views]
+    assert sum(h > 0 for h in hits) == 18 and all(any(torch.equal(row, v) for v in views) for row in y)
+
+
+# --- networks and checkpoints ------------------------------------------------------------------------
+
+# from the papers and the public model zoo, 10 classes
+PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet18": 11_173_962,
+              "resnet34": 21_282_122, "resnet50": 23_520_842, "wrn16_1": 175_066, "wrn16_2": 691_674,
+              "wrn40_1": 563_930, "wrn40_2": 2_243_546, "vgg11": 9_231_114}
+
+
+@pytest.mark.parametrize("arch", C.ARCHITECTURES)
+def test_architectures(arch):
+    model = C.build_model(arch, 10).eval()
+    if arch in PARAMETERS:
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[arch]
+    x = torch.rand(2, 3, 32, 32)
+    logits, f = C.forward_with_embedding(model, x)
+    assert logits.shape == (2, 10) and torch.equal(logits, model(x))
+    torch.testing.assert_close(C.last_linear(model)(f), logits)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def conv(w, key, x, stride=1, pad=1):
+    return F.conv2d(x, w[key + ".weight"], w.get(key + ".bias"), stride, pad)
+
+
+def bn(w, key, x):
+    return F.batch_norm(x, *(w[f"{key}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")))
+
+
+def functional_resnet(w, x, plan, shortcut):
+    """Basic-block ResNet straight from a state dict; shortcut names the keys, or None for option A."""
+    x = F.relu(bn(w, "bn1", conv(w, "conv1", x)))
+    for stage, blocks in enumerate(plan, 1):
+        for i in range(blocks):
+            p, stride = f"layer{stage}.{i}", 2 if i == 0 and stage > 1 else 1
+            y = bn(w, p + ".bn2", conv(w, p + ".conv2", F.relu(bn(w, p + ".bn1", conv(w, p + ".conv1", x, stride)))))
+            if f"{p}.{shortcut}.0.weight" in w:
+                x = bn(w, f"{p}.{shortcut}.1", conv(w, f"{p}.{shortcut}.0", x, stride, 0))
+            elif y.shape != x.shape:
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+            x = F.relu(x + y)
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), w["linear.weight"], w["linear.bias"])
+
+
+def functional_wrn(w, x, n):
+    x = conv(w, "conv1", x)
+    for stage in (1, 2, 3):
+        for i in range(n):
+            p, stride = f"block{stage}.layer.{i}", 2 if i == 0 and stage > 1 else 1
+            y = F.relu(bn(w, p + ".bn1", x))
+            short = conv(w, p + ".convShortcut", y, stride, 0) if p + ".convShortcut.weight" in w else x
+            x = short + conv(w, p + ".conv2", F.relu(bn(w, p + ".bn2", conv(w, p + ".conv1", y, stride))))
+    return F.linear(F.relu(bn(w, "bn1", x)).mean((2, 3)), w["fc.weight"], w["fc.bias"])
+
+
+def functional_vgg(w, x):
+    for block, convs in enumerate((1, 1, 2, 2, 2)):
+        for i in range(convs):
+            x = F.relu(bn(w, f"block{block}.{3 * i + 1}", conv(w, f"block{block}.{3 * i}", x)))
+        x = F.max_pool2d(x, 2) if block < 3 else x
+    return F.linear(x.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
+
+
+def lived_in(arch, **kw):
+    """State dict with BatchNorm statistics and affine weights that are not 0 and 1."""
+    torch.manual_seed(3)
+    state = C.build_model(arch, 10, **kw).state_dict()
+    for k, v in state.items():
+        if k.endswith(("running_var", "bn1.weight", "bn2.weight")):
+            v.uniform_(0.5, 1.5)
+        elif v.ndim == 1 and v.is_floating_point():
+            v.uniform_(-0.3, 0.3)
+    return state
+
+
+LAYOUTS = {   # name: (arch, keys as the public code writes them, its forward, extra build arguments)
+    "kuangliu": ("resnet18", lambda k: k.replace("fc.", "linear.").replace("downsample", "shortcut"),
+                 lambda w, x: functional_resnet(w, x, (2, 2, 2, 2), "shortcut"), {}),
+    "akamaster": ("resnet20", lambda k: k.replace("fc.", "linear."), lambda w, x: functional_resnet(w, x, (3, 3, 3), None), {}),
+    "projection": ("resnet20", lambda k: k, lambda w, x: functional_resnet(
+        {k.replace("fc.", "linear."): v for k, v in w.items()}, x, (3, 3, 3), "downsample"), {"projection": True}),
+    "wrn": ("wrn16_2", lambda k: k, lambda w, x: functional_wrn(w, x, 2), {}),
+    "vgg": ("vgg11", lambda k: k, functional_vgg, {}),
+}
+
+
+@pytest.mark.parametrize("container", ["raw", "state_dict", "module"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_public_layouts_load_and_give_the_same_logits(layout, container, tmp_path):
+    arch, rename, reference, kw = LAYOUTS[layout]
+    w = {rename(k): v for k, v in lived_in(arch, **kw).items()}
+    stored = {"raw": w, "state_dict": {"state_dict": w, "epoch": 3, "best_acc1": 95.7},
+              "module": {"state_dict": {"module." + k: v for k, v in w.items() if "num_batches" not in k}}}[container]
+    torch.save(stored, tmp_path / "t.pth")
+    teacher = C.load_teacher(arch, 10, str(tmp_path / "t.pth"))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(x), reference(w, x), atol=1e-4, rtol=1e-4)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_normalisation_from_file_and_argument(tmp_path):
+    torch.save({"state_dict": lived_in("resnet8"), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}, tmp_path / "t.pth")
+    x, path = torch.rand(2, 3, 32, 32), str(tmp_path / "t.pth")
+    plain = C.load_teacher("resnet8", 10, path, (0, 0, 0), (1, 1, 1))
+    stored = C.load_teacher("resnet8", 10, path)
+    torch.testing.assert_close(stored(x), plain((x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path(os.environ["BOMB"]),))
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"state_dict": {"a": torch.zeros(1)}}, "missing"), ({"epoch": 3}, "no state dict"), ([1, 2], "no state dict"), ("bomb", "no plain weights")])
+def test_foreign_checkpoints_are_refused(content, message, tmp_path, monkeypatch):
+    path = tmp_path / "t.pth"
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    path.write_bytes(pickle.dumps(Bomb())) if content == "bomb" else torch.save(content, path)
+    with pytest.raises(C.UserError, match=message):
+        C.load_teacher("resnet8", 10, str(path))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_class_count_mismatch_names_both_shapes(tmp_path):
+    torch.save(C.build_model("resnet8", 100).state_dict(), tmp_path / "t.pth")
+    with pytest.raises(C.UserError, match=r"\(100, 64\).*\(10, 64\)"):
+        C.load_teacher("resnet8", 10, str(tmp_path / "t.pth"))
+
+
+# --- invariants of distill ---------------------------------------------------------------------------
+
+def test_teacher_is_bit_identical_and_student_learns(pair):
+    teacher, student = pair
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    start = {k: v.clone() for k, v in student.state_dict().items()}
+    teacher.train()                                     # distill must not rely on the caller
+    result = distilled(pair)
+    assert result is student and not student.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert any(not torch.equal(v, start[k]) for k, v in student.state_dict().items())
+
+
+def test_distill_touches_no_data(pair, monkeypatch):
+    def forbidden(*args, **kw):
+        raise AssertionError("distill reached for data")
+    for target, name in ((C, "load_data"), (C, "draw_shapes"), (C, "DataLoader"), (torch, "load"), (socket, "socket"),
+                         (C.torchvision.datasets, "ImageFolder"), (C.torchvision.datasets, "CIFAR10"), (np, "load")):
+        monkeypatch.setattr(target, name, forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
+    distilled(pair)
+
+
+def build_pair():
+    torch.manual_seed(1)
+    teacher, student = C.build_model("resnet8", 4), C.build_model("resnet8", 4)
+    for _ in range(2):
+        teacher(torch.rand(16, 3, 16, 16))
+    return teacher.eval(), student
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_same_seed_same_student(decoupled):
+    one, two, other = (distilled(build_pair(), decoupled=decoupled, seed=s) for s in (0, 0, 1))
+    assert same(one, two) and not same(one, other)
+
+
+def test_callbacks_do_not_disturb_the_run():
+    teacher, student = build_pair()
+    C.distill(teacher, student, C.Config(**TINY), on_cycle=lambda state, metrics: torch.rand(7))
+    assert same(student, distilled(build_pair()))
+
+
+@pytest.mark.parametrize("weight, function", [
+    ("lambda_cae", "category_aware_embedding_loss"), ("lambda_cncl", "contrastive_loss"),
+    ("lambda_adv", "adversarial_loss"), ("lambda_fm", "FeatureMatching")])
+def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch):
+    on, off = distilled(build_pair(), **{weight: 1.0}), distilled(build_pair(), **{weight: 0.0})
+    assert not same(on, off)
+    monkeypatch.setattr(C, function, lambda *a, **k: 1 / 0)             # switched off means not even called
+    assert same(off, distilled(build_pair(), **{weight: 0.0}))
+
+
+@pytest.mark.parametrize("change", [{"cend": False}, {"decoupled": False}, {"prior": "index"}, {"generator_width": 32},
+                                    {"magnitudes": (1.0,)}, {"magnitudes": (1.0,) * 8}])
+def test_every_switch_changes_the_run(change):
+    assert not same(distilled(build_pair()), distilled(build_pair(), **change))
+
+
+def test_phases_are_decoupled():
+    teacher, student = build_pair()
+    config = C.Config(**TINY)
+    C.freeze(teacher)
+    state = C.new_state(teacher, student, config)
+    frozen = {k: v.clone() for k, v in student.state_dict().items()}
+    C.synthesis_round(state, teacher, config)
+    assert all(torch.equal(v, frozen[k]) for k, v in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())
+    generator = {k: v.clone() for k, v in state.generator.state_dict().items()}
+    state.generator.forward = None                                      # any call would fail
+    C.distillation_phase(state, teacher, config)
+    assert all(torch.equal(v, generator[k]) for k, v in state.generator.state_dict().items())
+
+
+def test_non_finite_loss_names_term_and_cycle(pair, monkeypatch):
+    monkeypatch.setattr(C, "kd_loss", lambda s, t, tau: s.sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match="kd is nan in cycle 1"):
+        distilled(pair)
+
+
+def test_bank_stops_at_its_cap(pair):
+    teacher, student = pair
+    sizes = []
+    config = C.Config(**{**TINY, "cycles": 6, "bank_capacity": 50})
+    C.distill(teacher, student, config, on_cycle=lambda state, metrics: sizes.append((len(state.bank), state.bank.images.shape[0])))
+    assert sizes[-1] == (50, 50) and len({s[1] for s in sizes}) == 1
+
+
+def test_minutes_anneal_and_stop(pair):
+    teacher, student = pair
+    seen = []
+    C.distill(teacher, student, C.Config(**{**TINY, "minutes": 0.03}), on_cycle=lambda s, m: seen.append((s.seconds, m["lr"])))
+    assert seen[-1][0] >= 1.8 and all(s < 1.8 for s, _ in seen[:-1])
+    assert len(seen) > 2 and seen[-1][1] < 0.5 * seen[0][1]
+
+
+# --- evaluation --------------------------------------------------------------------------------------
+
+def test_linear_probe_separates_a_separable_toy_and_is_deterministic():
+    x = torch.rand(400, 3, 8, 8) * 0.3
+    y = torch.arange(400) % 3
+    x[torch.arange(400), y] += 0.6                                       # the class is the brightest channel
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))   # head width plays no part
+    train, test = TensorDataset(x[:300], y[:300]), TensorDataset(x[300:], y[300:])
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    result = C.linear_probe(backbone, train, test)
+    assert result["accuracy"] == 100
+    assert result == C.linear_probe(backbone, train, test)
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    shuffled = TensorDataset(x[:300], y[torch.randperm(300, generator=torch.Generator().manual_seed(0))])
+    assert C.linear_probe(backbone, shuffled, test)["accuracy"] < 70
+
+
+def test_logistic_regression_is_at_its_optimum():
+    x, y = torch.tensor(rng(60, 5)).float(), torch.arange(60) % 3
+    w, b = C.fit_logistic(x, y, 3, l2=0.01)
+    w.requires_grad_()
+    b.requires_grad_()
+    (F.cross_entropy(x @ w + b, y) + 0.005 * w.square().sum()).backward()
+    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
+
+
+def test_shapes_are_seeded_balanced_and_distinct():
+    one, two, other = (C.draw_shapes(200, list(C.SHAPES)[:10], seed) for seed in (1, 1, 2))
+    assert torch.equal(one.tensors[0], two.tensors[0]) and not torch.equal(one.tensors[0], other.tensors[0])
+    assert torch.bincount(one.tensors[1]).tolist() == [20] * 10
+    assert one.tensors[0].shape == (200, 3, 32, 32) and one.tensors[0].dtype == torch.uint8
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+FAST = ("--teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 --synth-batch 20 --synth-steps 2 "
+        "--kd-steps 2 --batch-size 20 --bank-capacity 64 --warmup-rounds 1").split()
+
+
+def cli(*args, cwd):
+    return subprocess.run([sys.executable, str(HERE / "cae_dfkd.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=170)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A folder with a quickly trained teacher on shapes and a finished tiny run, made by the real command."""
+    folder = tmp_path_factory.mktemp("work")
+    done = cli(*FAST, "--eval-every", "1", "--out", "runs/a", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_run_directory_is_complete(workdir):
+    run, out = workdir / "runs/a", (workdir / "stdout").read_text()
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt", "summary.json"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["student_accuracy"] < 100 and set(summary["probe"]) == {"student", "teacher", "untrained"}
+    order = [out.index(text) for text in (f"teacher resnet8: {summary['teacher_accuracy']:.2f} %", "cycle 1,",
+                                          f"student resnet8: {summary['student_accuracy']:.2f} %", "untrained")]
+    assert order == sorted(order)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["cycle"] for line in lines] == [1, 2]
+    for key in ("ce", "fm", "adv", "kd", "cae", "cncl", "lr", "variance", "images", "seconds_synthesis", "seconds_distillation", "accuracy"):
+        assert math.isfinite(lines[1][key])
+    assert lines[1]["accuracy"] == pytest.approx(summary["student_accuracy"])               # the last state
+    assert json.loads((run / "config.json").read_text())["kd_steps"] == 2
+    torch.load(run / "last.pt", weights_only=True)
+
+
+def test_eval_only_gives_the_summary_number(workdir):
+    done = cli("--eval-only", "runs/a/student.pt", cwd=workdir)
+    summary = json.loads((workdir / "runs/a/summary.json").read_text())
+    assert done.returncode == 0 and f"{summary['student_accuracy']:.2f} %" in done.stdout
+    assert f"{summary['probe']['student']:.2f} %" in done.stdout
+
+
+def test_resume_is_exact(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    args = [*FAST, "--precision", "fp32", "--eval-every", "2"]
+    monkeypatch.setattr(C, "probe_all", lambda models, config: {k: 0.0 for k in models})
+    assert C.main(args + ["--out", "runs/whole"]) == 0
+    real = C.save_atomic
+
+    def interrupted(thing, path):
+        real(thing, path)
+        if thing.get("cycle") == 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(C, "save_atomic", interrupted)
+    assert C.main(args + ["--out", "runs/cut"]) == 130 and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(C, "save_atomic", real)
+    assert C.main(args + ["--out", "runs/cut"]) == 2                     # holds a run
+    assert C.main(["--resume", "--out", "runs/cut", "--kd-steps", "9"]) == 2
+    assert "kd_steps" in capsys.readouterr().err
+    assert C.main(["--resume", "--out", "runs/cut"]) == 0
+    whole, cut = (torch.load(f"runs/{n}/last.pt", weights_only=True) for n in ("whole", "cut"))
+
+    def equal(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+    for key in whole.keys() - {"config", "seconds"}:
+        assert equal(whole[key], cut[key]), key
+    assert len(Path("runs/cut/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("args, culprit", [
+    (["--teacher", "resnet999"], "resnet999"), (["--student", "vit"], "vit"), (["--teacher-ckpt", "absent.pth"], "absent.pth"),
+    (["--dataset", "nowhere"], "nowhere"), (["--dataset", "empty"], "empty"), (["--prior", "absent.npy"], "absent.npy"),
+    (["--prior", "wrong.npy"], "(3, 7)"), (["--teacher-ckpt", "hundred.pth"], "(100, 64)"), (["--teacher-ckpt", "text.pth"], "text.pth"),
+    (["--resume", "--out", "runs/none"], "runs/none"), (["--eval-only", "absent.pt"], "absent.pt"), (["--image-size", "33"], "33")])
+def test_wrong_input_is_one_line_and_code_2(args, culprit, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    Path("empty/train").mkdir(parents=True, exist_ok=True)
+    Path("empty/test").mkdir(exist_ok=True)
+    np.save("wrong.npy", np.zeros((3, 7), dtype=np.float32))
+    torch.save(C.build_model("resnet8", 100).state_dict(), "hundred.pth")
+    Path("text.pth").write_text("not a checkpoint")
+    before = {p.name for p in Path("runs").iterdir()}
+    assert C.main([*FAST, "--out", "runs/bad", *args]) == 2
+    error = capsys.readouterr().err
+    assert culprit in error and len(error.strip().splitlines()) == 1 and error.startswith("error: ")
+    assert {p.name for p in Path("runs").iterdir()} == before
+
+
+def test_download_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    assert C.main(["--teacher", "resnet34", "--dataset", "cifar10"]) == 2
+    error = capsys.readouterr().err
+    assert "cifar10" in error and "data/" in error and len(error.strip().splitlines()) == 1
+
+
+def test_help_needs_nothing_and_names_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(socket, "socket", lambda *a, **k: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        C.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(C.Config))
+
+
+# --- real data ---------------------------------------------------------------------------------------
+
+@needs_real
+def test_public_teacher_scores_what_it_should():
+    test, _ = C.load_data(str(REAL / "cifar10"), "test")
+    teacher = C.load_teacher("resnet20", 10, str(REAL / "resnet20_cifar10.th"), *C.NORMALISATION["imagenet"])
+    logits, _, labels = C.predict(teacher, test)
+    assert len(test) == 1017 and round(C.top1(logits, labels), 2) == 91.64
+
+
+@needs_real
+def test_real_command_for_a_few_seconds(tmp_path):
+    done = cli("--dataset", str(REAL / "cifar10"), "--teacher", "resnet20", "--teacher-ckpt", str(REAL / "resnet20_cifar10.th"),
+               "--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225", "--prior", str(REAL / "clip_vitb32_cifar10.npy"),
+               "--minutes", "0.05", "--warmup-rounds", "0", "--synth-steps", "2", "--kd-steps", "4", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("teacher resnet20: 91.64 %")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test_images"] == 1017
+
+
+# --- the file and the README -------------------------------------------------------------------------
+
+def test_file_keeps_its_promises():
+    tree = ast.parse(SOURCE)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    longest = max(functions, key=lambda n: n.end_lineno - n.lineno)
+    assert longest.end_lineno - longest.lineno < 90, longest.name
+    assert max(map(len, SOURCE.splitlines())) <= 100
+    assert ".cuda(" not in SOURCE and "weights_only=False" not in SOURCE
+    listed, used = (set(re.findall(r"\[choice (\d+)\]", part)) for part in (ast.get_docstring(tree), SOURCE.split('"""', 2)[2]))
+    assert listed == used and len(listed) >= 8
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
+            assert not re.search(r"[\x00-\x08\x0b-\x1f]", doc), node.name
+    documented = "\n".join(ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    assert all(re.search(rf"[Ee]q\. {k}\b", documented) for k in range(1, 11))
+
+
+def test_import_has_no_side_effect(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import cae_dfkd, os, threading; print(os.listdir(), threading.active_count())"
+    done = subprocess.run([sys.executable, "-B", "-W", "error::SyntaxWarning", "-c", code, str(HERE)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "[] 1", done.stderr
+
+
+README = (HERE / "README.md").read_text()
+
+
+def test_readme_commands_parse():
+    commands = re.findall(r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        words = command.split("#")[0].replace("\\\n", " ").replace("&&", " ").split()
+        if "--help" not in words:
+            C.parse_args(words)
+
+
+def test_readme_python_snippets_run(tmp_path, monkeypatch):
+    snippets = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "import clip" not in s]
+    assert snippets
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_maps_every_equation_to_code_and_test():
+    rows = re.findall(r"^\| (\d+) \|.*?\| `(\w+)` \| `(\w+)` \|", README, re.M)
+    assert [int(r[0]) for r in rows] == list(range(1, 11))
+    here = (HERE / "test_cae_dfkd.py").read_text()
+    for _, name, test in rows:
+        assert hasattr(C, name) and f"def {test}(" in here
