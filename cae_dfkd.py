@@ -240,18 +240,21 @@ def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDa
                          torch.from_numpy(labels))
 
 
-NORMALISATION = {   # data set: (mean, std)
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "svhn": ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)),
-    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+BUILT_IN = {   # name: (class in torchvision.datasets, its files under --data-root, (mean, std))
+    "cifar10": ("CIFAR10", "cifar-10-batches-py/",
+                ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
+    "cifar100": ("CIFAR100", "cifar-100-python/",
+                 ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
+    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat",
+             ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971))),
+    "stl10": ("STL10", "stl10_binary/", ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713))),
 }
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def dataset_name(dataset: str) -> str:
     """A name for files; folders of one name are told apart by a checksum of their place."""
-    if dataset in NORMALISATION or dataset.startswith("shapes"):
+    if dataset in BUILT_IN or dataset.startswith("shapes"):
         return dataset
     place = Path(dataset).resolve()
     return f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
@@ -267,28 +270,28 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
         names = list(SHAPES)[:10] if dataset == "shapes" else list(SHAPES)[10:]
         n, seed = {"train": (5000, 1), "test": (2000, 2)}[split]
         return draw_shapes(n, names, seed, size), names
-    sets, kw = torchvision.datasets, {"download": True, "transform": transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])}
+    transform = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
+    help_line = f"name shapes, {', '.join(BUILT_IN)} or a folder with train/ and test/ (or val/)"
     try:
-        if dataset in ("cifar10", "cifar100"):
-            kind = sets.CIFAR10 if dataset == "cifar10" else sets.CIFAR100
-            data = kind(root, train=split == "train", **kw)
-        elif dataset in ("svhn", "stl10"):
-            data = (sets.SVHN if dataset == "svhn" else sets.STL10)(root, split=split, **kw)
+        if dataset in BUILT_IN:
+            kind, files, _ = BUILT_IN[dataset]
+            help_line = f"without a network, put {files} into {root}/"
+            which = {"train": split == "train"} if "cifar" in dataset else {"split": split}
+            data = getattr(torchvision.datasets, kind)(
+                root, **which, transform=transform, download=True)
         else:
             folder = Path(dataset, split)
             if split == "test" and not folder.is_dir():
                 folder = Path(dataset, "val")
-            data = sets.ImageFolder(str(folder), kw["transform"])
+            data = torchvision.datasets.ImageFolder(str(folder), transform)
         classes = getattr(data, "classes", None) or [str(k) for k in range(10)]
         if len(data) * 3 * size * size <= 2 << 30:
             batches = list(DataLoader(data, batch_size=256))
             data = TensorDataset(*(torch.cat(part) for part in zip(*batches)))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot read data set {dataset!r} ({split}): {first_line(error)}; it is shapes, or "
-            f"cifar10, cifar100, svhn, stl10 (without a network, put its files under {root}/), or "
-            f"a folder with train/ and test/ (or val/) of one sub-folder per class") from error
+    except (OSError, RuntimeError, ImportError) as error:    # torchvision reads svhn with scipy
+        raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
+                        f"{help_line}") from error
     return data, classes
 
 
@@ -822,10 +825,9 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     head = nn.Linear(last_linear(student).in_features, e.shape[1], device=rows.device)
     sgd = torch.optim.SGD([*student.parameters(), *head.parameters()], config.student_lr, 0.9,
                           weight_decay=config.weight_decay, nesterov=True)
-    return State(student, generator,
-                 CEND(e if config.cend else torch.zeros_like(e), config.magnitudes).to(rows.device),
-                 head, MemoryBank(config.bank_capacity, config.image_size, rows.device),
-                 adam(generator, config), sgd)
+    bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
+    cend = CEND(e, config.magnitudes).to(rows.device)
+    return State(student, generator, cend, head, bank, adam(generator, config), sgd)
 
 
 def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
@@ -843,6 +845,13 @@ def freeze(model: nn.Module) -> None:
 
 def unfreeze(model: nn.Module) -> None:
     model.train().requires_grad_(True)
+
+
+def draw_inputs(state: State, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """labels (B,) -> the generator's input (B, E), noise sources (B,). Without CEND plain noise."""
+    if config.cend:
+        return state.cend(labels)                                                   # eq. 1
+    return torch.randn_like(state.cend.embeddings[labels]), torch.zeros_like(labels)
 
 
 def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
@@ -881,15 +890,14 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     freeze(state.student)
     offset = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + offset) % len(e)  # balanced
-    e_hat, sources = state.cend(labels)                              # held for a round  [choice 7]
+    e_hat, sources = draw_inputs(state, labels, config)              # held for a round  [choice 7]
     state.generator.project.reset_parameters()
     state.generator_optimizer = adam(state.generator, config)
-    best, lowest = None, None
+    best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
     for _ in range(config.synth_steps):
         images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
-        better = lowest is None or loss < lowest
-        best = images if lowest is None else torch.where(better, images, best)      # [choice 8]
-        lowest = loss if lowest is None else torch.minimum(loss, lowest)
+        best = torch.where(loss < lowest, images, best)                             # [choice 8]
+        lowest = torch.minimum(loss, lowest)
     state.bank.push(best, labels, sources)
     return terms | diversity(teacher, best, labels, config)
 
@@ -932,7 +940,7 @@ def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str,
     e = state.cend.embeddings
     for _ in range(config.kd_steps):
         labels = torch.randint(len(e), (config.batch_size,), device=e.device)
-        e_hat, sources = state.cend(labels)
+        e_hat, sources = draw_inputs(state, labels, config)
         freeze(state.student)
         images, _, terms = generator_step(state, teacher, e_hat, labels, config)
         unfreeze(state.student)
@@ -1139,7 +1147,7 @@ class Status:
 def get_teacher(config: Config, num_classes: int, status: Status) -> nn.Module:
     """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
     name = f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}.pth"
-    path, known = Path(config.teacher_ckpt or name), NORMALISATION.get(config.dataset)
+    path, known = Path(config.teacher_ckpt or name), BUILT_IN.get(config.dataset, (None,))[-1]
     if not (config.teacher_ckpt or path.exists()):
         status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
         train, _ = load_data(config.dataset, "train", config.data_root, config.image_size)
@@ -1157,7 +1165,7 @@ def get_teacher(config: Config, num_classes: int, status: Status) -> nn.Module:
     mean, std = config.mean or stored.get("mean"), config.std or stored.get("std")
     if not (known or mean and std):
         status.line(f"warning: {path} stores no normalisation; ImageNet's is taken (--mean, --std)")
-    known = known or NORMALISATION["imagenet"]
+    known = known or IMAGENET
     return load_teacher(config.teacher, num_classes, str(path), mean or known[0], std or known[1],
                         config.image_size).to(config.device)
 
