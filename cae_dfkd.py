@@ -29,7 +29,7 @@ eq  what                               where                            source
 10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
 
 Our choices, where the paper's public text is silent:
-[choice 1]  category embeddings are centred and scaled: noise of magnitude 1 equals the signal
+[choice 1]  category embeddings are centred, with unit variance in each direction they span
 [choice 2]  noise families: Gaussian, uniform, Laplace, Rademacher; one source is drawn per row
 [choice 3]  generator: linear seed, nearest upsampling, 3x3 convolutions whose channels halve
 [choice 4]  feature matching is the mean over BatchNorm layers: one weight serves every depth
@@ -88,8 +88,8 @@ class Config:
     preset: str = opt("auto", "run", "recipe", choices=("auto", "shapes", "cpu", "gpu"))
     cycles: int = opt(150, "run", "cycles of synthesis and distillation")
     minutes: float | None = opt(None, "run", "wall-clock budget of both phases, for --cycles")
-    seed: int = opt(0, "run", "seed of everything random")
-    device: str = opt("auto", "run", "auto takes cuda, mps or cpu")
+    seed: int = opt(0, "run", "seed of everything random", low=0)
+    device: str = opt("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
                          choices=("auto", "fp32", "bf16"))
     out: str | None = opt(None, "run", "run directory; else runs/DATASET_TEACHER_STUDENT_SEED")
@@ -110,7 +110,7 @@ class Config:
                                              "index (one-hot), or a (K, E) array, .npy or .pt")
     cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
     magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+")
-    generator_width: int = opt(64, "synthesis", "channels of the generator's seed (128 is heavy)")
+    generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy", low=8)
     decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
     synth_batch: int = opt(128, "synthesis", "images of a round")
     synth_steps: int = opt(12, "synthesis", "generator steps of a round")
@@ -118,12 +118,12 @@ class Config:
     lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")
     lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")
     bank_capacity: int = opt(20_000, "synthesis", "images the memory bank keeps, the newest")
-    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step")
+    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step", low=0)
 
     kd_steps: int = opt(40, "distillation", "student steps of a cycle")
     batch_size: int = opt(128, "distillation", "images of a student step")
     student_lr: float = opt(0.1, "distillation", "SGD step of the student, annealed by a cosine")
-    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student")
+    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student", low=0)
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
     lambda_cae: float = opt(0.1, "distillation", "weight of the category-aware loss, eq. 8")
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
@@ -139,7 +139,7 @@ PRESETS: dict[str, dict] = {
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
-HARMLESS = {"resume", "out", "device", "data_root", "overwrite", "eval_every"}  # free on --resume
+HARMLESS = {"resume", "out", "device", "data_root", "overwrite", "eval_every", "probe_dataset"}
 
 
 def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
@@ -149,7 +149,7 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
     groups = {name: parser.add_argument_group(name) for name in (
         "run", "networks", "synthesis", "distillation")}
     for f in dataclasses.fields(Config):                 # f.type is the annotation's text
-        kw = {k: v for k, v in f.metadata.items() if k != "group"}
+        kw = {k: v for k, v in f.metadata.items() if k not in ("group", "low")}
         kw["help"] += f" (default: {f.default})"
         if f.type == "bool":
             kw["action"] = argparse.BooleanOptionalAction
@@ -161,10 +161,18 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
     config = Config(**given)
     config.device = pick_device(config.device)
     if config.preset == "auto":
-        config.preset = "cpu" if config.device == "cpu" else "gpu"
+        config.preset = "gpu" if config.device == "cuda" else "cpu"
         config.preset = "shapes" if config.dataset == "shapes" else config.preset
     for name in PRESETS[config.preset].keys() - given.keys():
         setattr(config, name, PRESETS[config.preset][name])
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if f.type in ("int", "float", "float | None") and value is not None:
+            low = f.metadata.get("low", 0 if f.name.startswith("lambda") else 1e-9)
+            if not low <= value < math.inf:
+                raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range")
+    if not (config.cend or config.decoupled):
+        raise UserError("--no-cend with --no-decoupled: no category would reach the generator")
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.dataset == "shapes":
         config.probe_dataset = config.probe_dataset or "shapes-unseen"
@@ -174,17 +182,18 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
 
 
 def pick_device(name: str) -> str:
-    """auto -> cuda, mps or cpu, whichever is there first."""
-    if name != "auto":
-        return name
-    mps = torch.backends.mps.is_available()
-    return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    """auto -> cuda, mps or cpu, the first that is there; UserError for one that is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if not there.get(name, True):
+        raise UserError(f"--device {name}: this machine has none")
+    return next(k for k in there if there[k]) if name == "auto" else name
 
 
 def pick_precision(name: str, device: str) -> str:
     """auto -> bf16 where the hardware multiplies in it, and is faster for it; else fp32."""
-    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool), "mps": bool}
+    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": bool,
+            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
     return ("bf16" if fast[device]() else "fp32") if name == "auto" else name
 
 
@@ -254,7 +263,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def dataset_name(dataset: str) -> str:
     """A name for files; folders of one name are told apart by a checksum of their place."""
-    if dataset in BUILT_IN or dataset.startswith("shapes"):
+    if dataset in (*BUILT_IN, "shapes", "shapes-unseen"):
         return dataset
     place = Path(dataset).resolve()
     return f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
@@ -423,8 +432,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean, std):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).float().view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).float().view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.as_tensor(mean).float().view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std).float().view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -459,15 +468,20 @@ def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
     return model.to(memory_format=torch.channels_last)
 
 
-def read_checkpoint(path: str) -> dict:
-    """A weights file -> {"state_dict": ..., more}. Nothing in the file is ever executed."""
+def load_safely(path: str | Path):
+    """torch.load of tensors and plain types only: nothing in the file is ever executed."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no such checkpoint: {path}") from None
+        raise UserError(f"no such file: {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no plain weights file; if it is a pickled module, save its "
+        raise UserError(f"{path} is no file of plain tensors; if it is a pickled module, save its "
                         f"state_dict() instead") from error
+
+
+def read_checkpoint(path: str) -> dict:
+    """A weights file -> {"state_dict": tensors by name, more}; a bare state dict will do."""
+    stored = load_safely(path)
     if not (isinstance(stored, dict) and "state_dict" in stored):
         stored = {"state_dict": stored}
     state = stored["state_dict"]
@@ -517,11 +531,8 @@ def last_linear(model: nn.Module) -> nn.Linear:
 def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(logits (B, K), embedding f (B, D)): f is what enters the network's last nn.Linear."""
     inputs: list[Tensor] = []
-    hook = last_linear(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    try:
+    with last_linear(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
         logits = model(x)
-    finally:
-        hook.remove()
     return logits, inputs[0]
 
 
@@ -549,20 +560,22 @@ def train_classifier(model: nn.Module, data: Dataset, epochs: int, device: str, 
 # ===== 4. CEND and generator. Here the method begins: no files, data sets, logs, arguments ========
 
 def category_prior(embeddings: Tensor) -> Tensor:
-    """Raw category embeddings (K, E) -> centred, mean squared length K-1.             [choice 1]
+    """Raw category embeddings (K, E) -> centred, with unit variance in each direction. [choice 1]
 
-    Language embeddings of class names are almost parallel, so they are centred. At this scale the
-    categories have unit variance in each of the K-1 directions they span: noise of magnitude 1 is
-    as strong as the category, whatever E is.
+    Language embeddings of class names are almost parallel, so they are centred. They span r =
+    min(K-1, E) directions and get a mean squared length of r: noise of magnitude 1 is as strong as
+    the category in each of these directions, whatever E is.
     """
     e = embeddings.float() - embeddings.float().mean(0)
-    return e * math.sqrt(len(e) - 1) / e.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    r = min(len(e) - 1, e.shape[1])
+    return e * math.sqrt(r) / e.square().sum(1).mean().sqrt().clamp_min(1e-12)
 
 
 NOISE_SOURCES: tuple[Callable[[Tensor], Tensor], ...] = (   # zero mean, unit variance   [choice 2]
     torch.randn_like,                                       # Gaussian
     lambda x: (2 * torch.rand_like(x) - 1) * math.sqrt(3),  # uniform
-    lambda x: torch.distributions.Laplace(torch.zeros_like(x), math.sqrt(0.5)).sample(),
+    lambda x: torch.distributions.Laplace(
+        torch.zeros_like(x), math.sqrt(0.5), validate_args=False).sample(),             # Laplace
     lambda x: 2.0 * torch.randint_like(x, 2) - 1,           # Rademacher
 )
 
@@ -589,15 +602,15 @@ class CEND(nn.Module):
         e = self.embeddings[labels]                                                 # e_y (B, E)
         noise = torch.stack([NOISE_SOURCES[i % 4](e) for i in range(n)])            # (N, B, E)
         q = noise[source, torch.arange(len(e), device=e.device)]                    # q_n (B, E)
-        return e + self.magnitudes[source, None] * q, source
+        return e + self.magnitudes[source, None] * q, source                        # ê (B, E)
 
 
 class Generator(nn.Module):
     """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, S, S) in [0, 1].       [choice 3]
 
-    A linear layer makes a seed of `width` channels and 5 to 8 pixels; each stage doubles the pixels
-    and convolves, channels halve from the second stage on. Width 64 is light, 128 the heavy one.
-    Raises UserError where image_size S is no such seed doubled.
+    A linear layer makes a seed of `width` channels and at most 8 pixels; each stage doubles the
+    pixels and convolves; from the second stage on channels halve, down to 8. Width 64 is light, 128
+    heavy. Raises UserError where S is no such seed doubled.
     """
 
     def __init__(self, embedding_dim: int, image_size: int = 32, width: int = 64):
@@ -609,11 +622,11 @@ class Generator(nn.Module):
                             f"use 32, 64, 128 or 224")
         self.project = nn.Linear(embedding_dim, width * seed * seed)
         layers = [nn.Unflatten(1, (width, seed, seed)), nn.BatchNorm2d(width)]
-        for stage in range(stages):
-            before, after = (max(width >> max(s, 0), 8) for s in (stage - 1, stage))
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, 1, 1, bias=False),
-                       nn.BatchNorm2d(after), nn.LeakyReLU(0.2)]
-        self.decode = nn.Sequential(*layers, nn.Conv2d(after, 3, 3, 1, 1), nn.Sigmoid())
+        for i in range(stages):
+            before, width = width, width if i == 0 else max(width // 2, 8)
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, width, 3, 1, 1, bias=False),
+                       nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+        self.decode = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, 1, 1), nn.Sigmoid())
 
     def forward(self, e_hat: Tensor) -> Tensor:
         return self.decode(self.project(e_hat))
@@ -669,7 +682,8 @@ class BatchStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         if x.device.type in ("cpu", "cuda"):
-            running = torch.zeros(2, x.shape[1], device=x.device)        # the kernel writes to it
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            running = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)   # scratch
             mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
         else:
             var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
@@ -785,10 +799,10 @@ def student_objective(l_kd, l_cae, l_cncl, lambda_cae: float, lambda_cncl: float
 
 
 def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
-    """Diversity of f (B, D): squared distance to the category's mean, averaged. 0 = collapsed."""
-    member = F.one_hot(labels).to(f.dtype)                                          # (B, K)
-    means = member.T @ f / member.sum(0).clamp_min(1)[:, None]                      # (K, D)
-    return (f - means[labels]).square().sum(1).mean()
+    """Diversity: unbiased variance of f (B, D) within a category, summed over D. 0 = collapsed."""
+    same = (labels[:, None] == labels).to(f.dtype)                                  # (B, B)
+    n = same.sum(1, keepdim=True)                                                   # (B, 1)
+    return (f - same @ f / n).square().sum() / (len(f) - (1 / n).sum()).clamp_min(1)
 
 
 # ===== 6. Phase A, synthesis: the generator learns, the student is frozen =========================
@@ -814,6 +828,8 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     Raises UserError for a prior of another shape than (K, E) or with infinite numbers.
     """
     rows = last_linear(teacher).weight.detach()                                     # (K, D)
+    if prior is None and config.prior not in ("teacher", "index"):
+        raise UserError(f"pass the embeddings of --prior {config.prior} as `prior`")
     if prior is None:
         prior = torch.eye(len(rows)) if config.prior == "index" else rows
     if prior.ndim != 2 or len(prior) != len(rows) or not prior.isfinite().all():
@@ -856,7 +872,7 @@ def draw_inputs(state: State, labels: Tensor, config: Config) -> tuple[Tensor, T
 
 def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
                    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One Adam step on eq. 6 -> (images before it, their L_G, {term: value}), all detached."""
+    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, terms), detached."""
     matching = FeatureMatching(teacher) if config.lambda_fm else contextlib.nullcontext()
     with autocast(e_hat, config):
         images = state.generator(e_hat)                                             # eq. 2
@@ -865,7 +881,7 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
         s = state.student(images) if config.lambda_adv else None
     zero = torch.zeros((), device=t.device)
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
-    l_fm = fm.loss() if fm else zero                                                # eq. 4
+    l_fm = fm.loss() if fm and fm.layers else zero                                  # eq. 4
     l_adv = zero if s is None else adversarial_loss(s, t)                           # eq. 5
     loss = generator_objective(l_ce, l_fm, l_adv, config.lambda_fm, config.lambda_adv)   # eq. 6
     state.generator_optimizer.zero_grad()
@@ -896,8 +912,8 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
     for _ in range(config.synth_steps):
         images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
-        best = torch.where(loss < lowest, images, best)                             # [choice 8]
-        lowest = torch.minimum(loss, lowest)
+        best = torch.where(loss > lowest, best, images)                             # [choice 8]
+        lowest = torch.fmin(loss, lowest)
     state.bank.push(best, labels, sources)
     return terms | diversity(teacher, best, labels, config)
 
@@ -945,7 +961,7 @@ def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str,
         images, _, terms = generator_step(state, teacher, e_hat, labels, config)
         unfreeze(state.student)
         terms |= student_step(state, teacher, augment(images.float()), labels, config)
-    state.bank.push(images, labels, sources)                             # only for samples.png
+        state.bank.push(images, labels, sources)                         # for samples.png
     return terms | diversity(teacher, images, labels, config)
 
 
@@ -963,18 +979,19 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
 
     Both take images in [0, 1] and sit on one device; the teacher stays bit-identical. prior (K, E):
     category embeddings in place of config.prior. state: go on from there. on_cycle(state, metrics)
-    follows each cycle and cannot disturb it. Returns the student, in eval mode. Raises
-    FloatingPointError with the name and cycle of a loss that is not finite.
+    follows each cycle; random numbers it draws do not disturb the run. config.precision "bf16" is
+    bf16, all else fp32. Returns the student, in eval mode. Raises FloatingPointError
+    with the name and cycle of a loss that is not finite.
     """
     freeze(teacher)
     if state is None:
         torch.manual_seed(config.seed)
         state = new_state(teacher, student, config, prior)
     while (progress := run_progress(state, config)) < 1:
-        for group in state.student_optimizer.param_groups:
-            group["lr"] = config.student_lr * (1 + math.cos(math.pi * progress)) / 2
+        lr = config.student_lr * (1 + math.cos(math.pi * progress)) / 2
+        state.student_optimizer.param_groups[0]["lr"] = lr
+        metrics: dict = {"cycle": state.cycle + 1, "lr": lr}
         start = middle = time.perf_counter()
-        metrics: dict = {"cycle": state.cycle + 1, "lr": group["lr"]}
         if config.decoupled:
             for _ in range(1 if state.cycle else 1 + config.warmup_rounds):
                 terms = synthesis_round(state, teacher, config)                     # phase A
@@ -984,16 +1001,16 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         else:
             metrics |= to_numbers(coupled_phase(state, teacher, config))
         end = time.perf_counter()
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} in cycle {state.cycle + 1}")
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise FloatingPointError(f"not finite in cycle {state.cycle + 1}: {', '.join(broken)}")
         state.cycle, state.seconds = state.cycle + 1, state.seconds + end - start
         metrics |= {"seconds_synthesis": middle - start, "seconds_distillation": end - middle,
                     "seconds": state.seconds, "images": state.bank.pushed}
         if on_cycle:
-            with torch.random.fork_rng():
+            cuda = [state.bank.labels.device] if state.bank.labels.is_cuda else []
+            with torch.random.fork_rng(devices=cuda):
                 on_cycle(state, metrics)
-    return student.eval()
+    return state.student.eval()
 
 
 def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
@@ -1007,8 +1024,8 @@ def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
 def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Run a network in eval mode over a data set: logits (N, K), embeddings (N, D), labels (N,)."""
     model.eval()
-    rows = []
-    for images, labels in DataLoader(data, batch_size=256):
+    rows, own = [], torch.Generator()                    # a loader would draw from the global one
+    for images, labels in DataLoader(data, batch_size=256, generator=own):
         logits, f = forward_with_embedding(model, to_float(images, device))
         rows.append((logits.float(), f.float(), labels.to(device)))
     return tuple(torch.cat(part) for part in zip(*rows))
@@ -1016,7 +1033,7 @@ def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tenso
 
 def top1(scores: Tensor, labels: Tensor) -> float:
     """Percentage of rows of scores (N, K) whose largest entry is at labels (N,)."""
-    return 100 * (scores.argmax(1) == labels).double().mean().item()
+    return 100 * (scores.argmax(1) == labels).float().mean().item()
 
 
 def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tensor]:
@@ -1058,12 +1075,16 @@ def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str
     return {"accuracy": top1(x_test @ w + b, y_test), "l2": l2}
 
 
-def probe_all(models: dict[str, nn.Module], config: Config) -> dict[str, float]:
-    """Accuracy of the probe on config.probe_dataset, for each network."""
-    train, test = (load_data(config.probe_dataset, split, config.data_root, config.image_size)[0]
-                   for split in ("train", "test"))
-    return {name: linear_probe(model, train, test, config.device)["accuracy"]
-            for name, model in models.items()}
+def load_probe(config: Config) -> tuple[Dataset, Dataset] | None:
+    """(train, test) of config.probe_dataset, if there is one."""
+    if not config.probe_dataset:
+        return None
+    (train, names), (test, others) = (
+        load_data(config.probe_dataset, split, config.data_root, config.image_size)
+        for split in ("train", "test"))
+    if names != others:
+        raise UserError(f"{config.probe_dataset}: train/ and test/ have different classes")
+    return train, test
 
 
 # ===== 9. Run directory: checkpoints, pictures, status line =======================================
@@ -1089,7 +1110,7 @@ def pack_state(state: State, config: Config) -> dict:
     return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
             "bank": [part[:n].clone() for part in (bank.images, bank.labels, bank.sources)],
             "pushed": bank.pushed, "cycle": state.cycle, "seconds": state.seconds,
-            "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])],
+            "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])],
             "config": dataclasses.asdict(config)}
 
 
@@ -1103,7 +1124,7 @@ def unpack_state(saved: dict, state: State) -> None:
     bank.pushed, state.cycle, state.seconds = saved["pushed"], saved["cycle"], saved["seconds"]
     torch.set_rng_state(saved["rng"][0])
     if len(saved["rng"]) > 1:
-        torch.cuda.set_rng_state_all(saved["rng"][1:])
+        torch.cuda.set_rng_state(saved["rng"][1])
 
 
 def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
@@ -1144,29 +1165,32 @@ class Status:
 
 # ===== 10. Main ===================================================================================
 
-def get_teacher(config: Config, num_classes: int, status: Status) -> nn.Module:
+def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module:
     """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
-    name = f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}.pth"
-    path, known = Path(config.teacher_ckpt or name), BUILT_IN.get(config.dataset, (None,))[-1]
+    size = "" if config.image_size == 32 else f"_{config.image_size}px"
+    path = Path(config.teacher_ckpt
+                or f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}{size}.pth")
+    mean, std = BUILT_IN[config.dataset][2] if config.dataset in BUILT_IN else (None, None)
     if not (config.teacher_ckpt or path.exists()):
         status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
-        train, _ = load_data(config.dataset, "train", config.data_root, config.image_size)
-        if not known:                                    # measured on some 2,000 images
+        train, names = load_data(config.dataset, "train", config.data_root, config.image_size)
+        if names != classes:
+            raise UserError(f"{config.dataset}: train/ and test/ have different classes")
+        if not mean:                                     # measured on some 2,000 images
             some = [train[i][0] for i in range(0, len(train), max(1, len(train) // 2000))]
             std, mean = torch.std_mean(torch.stack(some).float() / 255, (0, 2, 3))
-            known = mean.tolist(), std.tolist()
-        net = build_model(config.teacher, num_classes, config.image_size)
-        model = with_normalisation(net, *known).to(config.device)
+        net = build_model(config.teacher, len(classes), config.image_size)
+        model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
         train_classifier(model, train, config.teacher_epochs, config.device, config.precision,
                          status)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomic(export(model, config.teacher, config.image_size), path)
     stored = read_checkpoint(str(path))
-    mean, std = config.mean or stored.get("mean"), config.std or stored.get("std")
-    if not (known or mean and std):
+    mean, std = (config.mean or stored.get("mean") or mean, config.std or stored.get("std") or std)
+    if mean is None or std is None:
         status.line(f"warning: {path} stores no normalisation; ImageNet's is taken (--mean, --std)")
-    known = known or IMAGENET
-    return load_teacher(config.teacher, num_classes, str(path), mean or known[0], std or known[1],
+        mean, std = mean or IMAGENET[0], std or IMAGENET[1]
+    return load_teacher(config.teacher, len(classes), str(path), mean, std,
                         config.image_size).to(config.device)
 
 
@@ -1175,11 +1199,9 @@ def read_prior(name: str) -> Tensor | None:
     if name in ("teacher", "index"):
         return None
     try:
-        if name.endswith(".npy"):
-            return torch.from_numpy(np.load(name, allow_pickle=False)).float()
-        return torch.load(name, map_location="cpu", weights_only=True).float()
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, AttributeError,
-            pickle.UnpicklingError) as error:
+        array = np.load(name, allow_pickle=False) if name.endswith(".npy") else load_safely(name)
+        return torch.as_tensor(array).float()
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read the prior {name!r}: it is neither teacher, index nor a "
                         f"(K, E) array in a .npy or .pt file") from error
 
@@ -1194,8 +1216,8 @@ def evaluate_only(config: Config, status: Status) -> None:
     model = load_teacher(stored["arch"], len(classes), path, image_size=config.image_size)
     logits, _, labels = predict(model.to(config.device), test, config.device)
     status.line(f"{stored['arch']}: {top1(logits, labels):.2f} % on {len(test)} test images")
-    if config.probe_dataset:
-        accuracy = probe_all({"student": model}, config)["student"]
+    if probe := load_probe(config):
+        accuracy = linear_probe(model, *probe, config.device)["accuracy"]
         status.line(f"linear probe on {config.probe_dataset}: {accuracy:.2f} %")
 
 
@@ -1206,10 +1228,12 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
         if last.exists() and not config.overwrite:
             raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
                             f"another --out")
+        for name in ("last.pt", "student.pt", "summary.json", "samples.png"):
+            last.with_name(name).unlink(missing_ok=True)
         return config, None
     if not last.exists():
         raise UserError(f"nothing to resume: there is no {last}")
-    saved = torch.load(last, map_location="cpu", weights_only=True)
+    saved = load_safely(last)
     changed = {k for k in given - HARMLESS if getattr(config, k) != saved["config"][k]}
     if changed:
         raise UserError(f"a resumed run keeps its settings; this would change "
@@ -1225,12 +1249,14 @@ def run(config: Config, given: set[str]) -> None:
         return evaluate_only(config, status)
     config, saved = resume_or_start(config, given)
     config.precision = pick_precision(config.precision, config.device)
-    for arch in (config.student, config.teacher):        # a wrong name fails before any work
+    for arch in (config.student, config.teacher):        # what is wrong fails before any work
         build_model(arch, 2)
+    Generator(1, config.image_size, config.generator_width)
     prior = read_prior(config.prior)
     torch.manual_seed(config.seed)
     test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    teacher = get_teacher(config, len(classes), status)
+    probe = load_probe(config)
+    teacher = get_teacher(config, classes, status)
     t_logits, _, labels = predict(teacher, test, config.device)
     teacher_accuracy = top1(t_logits, labels)
     status.line(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on {len(test)} test images")
@@ -1280,9 +1306,10 @@ def run(config: Config, given: set[str]) -> None:
     status.line(f"student {config.student}: {summary['student_accuracy']:.2f} % (teacher "
                 f"{teacher_accuracy:.2f} %), agreement {summary['agreement']:.2f} %, "
                 f"{state.bank.pushed:,} images made in {state.seconds:.0f} s")
-    if config.probe_dataset:
+    if probe:
         models = {"student": student, "teacher": teacher, "untrained": fresh_student()}
-        summary["probe"] = probe_all(models, config)
+        summary["probe"] = {name: linear_probe(model, *probe, config.device)["accuracy"]
+                            for name, model in models.items()}
         status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
             f"{name} {accuracy:.2f} %" for name, accuracy in summary["probe"].items()))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -1290,15 +1317,17 @@ def run(config: Config, given: set[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
-    config, given = parse_args(argv)
+    config = None
     try:
+        config, given = parse_args(argv)
         run(config, given)
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the last whole cycle is saved: --resume --out {config.out}",
-              file=sys.stderr)
+        saved = config and Path(config.out, "last.pt").exists()
+        print("\ninterrupted; " + (f"the last whole cycle is saved: --resume --out {config.out}"
+                                   if saved else "no cycle was finished"), file=sys.stderr)
         return 130
     return 0
 
