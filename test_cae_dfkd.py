@@ -508,7 +508,7 @@ def test_every_switch_changes_the_run(change):
 def test_phases_are_decoupled():
     teacher, student = build_pair()
     config = C.Config(**TINY)
-    C.freeze(teacher)
+    C.set_training(teacher, False)
     state = C.new_state(teacher, student, config)
     frozen = {k: v.clone() for k, v in student.state_dict().items()}
     C.synthesis_round(state, teacher, config)
