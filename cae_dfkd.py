@@ -36,7 +36,7 @@ Our choices, where the paper's public text is silent:
 [choice 5]  the category-aware loss is a cosine softmax over the category embeddings
 [choice 6]  one linear projection h serves eq. 8 and eq. 9
 [choice 7]  a noise draw is held for a round; the generator's seed layer and its Adam start anew
-[choice 8]  the images of a round that are best by eq. 6 go to the bank
+[choice 8]  the bank gets the images of that step of a round which had the lowest eq. 6
 [choice 9]  bank images are drawn with replacement, then cropped and flipped, the same for T and S
 [choice 10] coupled training (an ablation): a generator step and a student step per fresh batch
 [choice 11] the bank is first-in first-out, and a few rounds fill it before the first student step
@@ -89,7 +89,7 @@ class Config:
     image_size: int = opt(32, "run", "pixels; images of another size are resized")
     preset: str = opt("auto", "run", "recipe", choices=("auto", "shapes", "cpu", "gpu"))
     cycles: int = opt(150, "run", "cycles of synthesis and distillation")
-    minutes: float | None = opt(None, "run", "wall-clock budget of both phases, for --cycles")
+    minutes: float | None = opt(None, "run", "time for both phases, in place of --cycles")
     seed: int = opt(0, "run", "seed of everything random", low=0)
     device: str = opt("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
@@ -136,14 +136,15 @@ class Config:
 # tried: gpu, which takes the sizes of the literature.
 PRESETS: dict[str, dict] = {
     "cpu": {},
-    # Runs of 100 s: 65 to 85 % with the adversarial term, 81 to 84 % without (.github/experiments.md)
+    # Runs of 100 s gave 65 to 85 % with the adversarial term, 81 to 84 % without it.
     "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0),
     "gpu": dict(generator_width=128, synth_batch=400, synth_steps=30, batch_size=512, kd_steps=400,
                 student_lr=0.2, bank_capacity=100_000, teacher_epochs=200, eval_every=5),
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
-HARMLESS = {"resume", "out", "device", "data_root", "overwrite", "eval_every", "probe_dataset"}
+MAY_CHANGE_ON_RESUME = {"resume", "out", "device", "data_root", "overwrite", "eval_every",
+                        "probe_dataset"}
 
 
 def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
@@ -322,13 +323,17 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
 def augment(images: Tensor, pad: int = 4) -> Tensor:
     """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
     (b, _, h, w), device = images.shape, images.device
+
+    def reflect(i: Tensor, n: int) -> Tensor:            # pixel outside 0..n-1 -> its mirror image
+        return n - 1 - (n - 1 - i.abs()).abs()
+
     top, left = torch.randint(-pad, pad + 1, (2, b, 1), device=device)
-    rows, columns = (torch.arange(n, device=device) for n in (h, w))
+    columns = torch.arange(w, device=device)
     columns = torch.where(torch.rand(b, 1, device=device) < 0.5, w - 1 - columns, columns)
-    rows, columns = ((n - 1 - (n - 1 - i.abs()).abs())[:, :, None] for i, n in (
-        (top + rows, h), (left + columns, w)))           # (B, H, 1), (B, W, 1); i outside reflects
+    rows = reflect(top + torch.arange(h, device=device), h)[:, :, None]                 # (B, H, 1)
+    columns = reflect(left + columns, w)[:, None, :]                                    # (B, 1, W)
     image = torch.arange(b, device=device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[image, rows, columns.mT].permute(0, 3, 1, 2)
+    return images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)
 
 
 # ===== 3. Networks and teacher loading ============================================================
@@ -902,7 +907,7 @@ def diversity(teacher: nn.Module, images: Tensor, labels: Tensor, config: Config
 
 
 def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
-    """Phase A: one noise draw, a few generator steps, the best images to the bank -> terms."""
+    """Phase A: one noise draw, some generator steps, images of the best to the bank -> terms."""
     e = state.cend.embeddings
     set_training(state.student, False)
     offset = torch.randint(len(e), (), device=e.device)
@@ -1233,11 +1238,11 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     if not last.exists():
         raise UserError(f"nothing to resume: there is no {last}")
     saved = load_safely(last)
-    changed = {k for k in given - HARMLESS if getattr(config, k) != saved["config"][k]}
+    changed = {k for k in given - MAY_CHANGE_ON_RESUME if getattr(config, k) != saved["config"][k]}
     if changed:
         raise UserError(f"a resumed run keeps its settings; this would change "
                         f"{', '.join(sorted(changed))}")
-    free = {k: getattr(config, k) for k in HARMLESS & given}
+    free = {k: getattr(config, k) for k in MAY_CHANGE_ON_RESUME & given}
     return Config(**{**saved["config"], "device": config.device, **free}), saved
 
 
