@@ -946,15 +946,18 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
     return {"kd": l_kd.detach(), "cae": l_cae.detach(), "cncl": l_cncl.detach()}
 
 
-def distillation_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
-    """Phase B: student steps on batches of the bank; the generator is not called -> mean terms."""
+def distillation_phase(state: State, teacher: nn.Module, config: Config, deadline: float = math.inf
+                       ) -> dict[str, Tensor]:
+    """Phase B: student steps on batches of the bank; the generator is not called -> mean terms.
+
+    No step begins after the deadline (time.perf_counter), but the first.
+    """
     set_training(state.student, True)
-    total: dict[str, Tensor] = {}
-    for _ in range(config.kd_steps):
+    steps: list[dict[str, Tensor]] = []
+    while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
         images, labels, _ = state.bank.sample(config.batch_size)
-        terms = student_step(state, teacher, augment(images), labels, config)       # [choice 9]
-        total = {k: total.get(k, 0) + v for k, v in terms.items()}
-    return {k: v / config.kd_steps for k, v in total.items()}
+        steps.append(student_step(state, teacher, augment(images), labels, config))  # [choice 9]
+    return {name: torch.stack([terms[name] for terms in steps]).mean() for name in steps[0]}
 
 
 def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
@@ -998,12 +1001,16 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         state.student_optimizer.param_groups[0]["lr"] = lr
         metrics: dict = {"cycle": state.cycle + 1, "lr": lr}
         start = middle = time.perf_counter()
+        left = 60 * config.minutes - state.seconds if config.minutes else math.inf
         if config.decoupled:
-            for _ in range(1 if state.cycle else 1 + config.warmup_rounds):         # [choice 11]
+            for extra in range(1 if state.cycle else 1 + config.warmup_rounds):     # [choice 11]
+                if extra and time.perf_counter() > start + left / 2:
+                    break                                                # a budget below a cycle
                 terms = synthesis_round(state, teacher, config)                     # phase A
             metrics |= to_numbers(terms)
             middle = time.perf_counter()
-            metrics |= to_numbers(distillation_phase(state, teacher, config))       # phase B
+            terms = distillation_phase(state, teacher, config, start + left)        # phase B
+            metrics |= to_numbers(terms)
         else:
             metrics |= to_numbers(coupled_phase(state, teacher, config))
         end = time.perf_counter()

@@ -543,6 +543,14 @@ def test_minutes_anneal_and_stop(pair):
     assert len(seen) > 2 and seen[-1][1] < 0.5 * seen[0][1]
 
 
+def test_a_budget_below_a_cycle_is_kept(pair):
+    teacher, student = pair
+    seen = []
+    C.distill(teacher, student, C.Config(**{**TINY, "minutes": 0.01, "kd_steps": 10 ** 6, "warmup_rounds": 10 ** 6}),
+              on_cycle=lambda s, m: seen.append((s.seconds, m["images"])))
+    assert len(seen) == 1 and 0.6 <= seen[0][0] < 3 and seen[0][1] > 20
+
+
 # --- evaluation --------------------------------------------------------------------------------------
 
 def test_linear_probe_separates_a_separable_toy_and_is_deterministic():
