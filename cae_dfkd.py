@@ -3,6 +3,7 @@ r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware e
 A student learns from a frozen teacher without one real image. Paper: CAE-DFKD, arXiv 2504.21478,
 DAC 2025. No official code exists; this file follows the paper's public text and says, per equation,
 what is the paper's, what is prior work and what is our choice ([choice N] at the line, see below).
+Equation numbers are ours.
 
     python cae_dfkd.py                                         # embedded data, minutes on a laptop
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # finds or trains the teacher first
@@ -310,6 +311,7 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
 
 
 def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -729,11 +731,9 @@ class FeatureMatching:
 
     def __init__(self, teacher: nn.Module):
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.terms: list[Tensor] = []
-        self.hooks: list = []
 
     def __enter__(self) -> FeatureMatching:
-        self.terms = []
+        self.terms: list[Tensor] = []
         self.hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
         return self
 
@@ -856,6 +856,7 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
 
 
 def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
+    """A new optimiser for the generator; betas of the GAN literature."""
     return torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
 
 

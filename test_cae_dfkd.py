@@ -3,6 +3,7 @@
 Run with `python -m pytest -q`. Tests that need real images look for ../shared/data (or the folder in
 CAE_DFKD_DATA) and skip, saying so, where it is absent.
 """
+
 import ast
 import dataclasses
 import json
@@ -26,11 +27,22 @@ import cae_dfkd as C
 
 HERE = Path(__file__).resolve().parent
 REAL = Path(os.environ.get("CAE_DFKD_DATA", HERE.parent / "shared" / "data"))
-needs_real = pytest.mark.skipif(not (REAL / "cifar10").is_dir(),
-                                reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it")
+needs_real = pytest.mark.skipif(
+    not (REAL / "cifar10").is_dir(), reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it"
+)
 SOURCE = (HERE / "cae_dfkd.py").read_text()
-TINY = dict(precision="fp32", cycles=2, generator_width=16, synth_batch=20, synth_steps=2, kd_steps=2,
-            batch_size=20, bank_capacity=64, warmup_rounds=1, image_size=16)
+TINY = dict(
+    precision="fp32",
+    cycles=2,
+    generator_width=16,
+    synth_batch=20,
+    synth_steps=2,
+    kd_steps=2,
+    batch_size=20,
+    bank_capacity=64,
+    warmup_rounds=1,
+    image_size=16,
+)
 
 
 def rng(*shape, seed=0, scale=1.0):
@@ -58,6 +70,7 @@ def same(a, b):
 
 
 # --- oracles: each loss against a slow computation, value and gradient -------------------------------
+
 
 def log_softmax(row):
     top = max(row)
@@ -130,15 +143,18 @@ def numeric_gradient(f, x, h=1e-6):
 
 LABELS = [0, 1, 2, 0, 1, 0]
 S, T, Z, E = rng(6, 4, seed=1, scale=2), rng(6, 4, seed=2, scale=2), rng(6, 5, seed=3), rng(4, 5, seed=4)
-S[:3] = T[:3] + 0.3                                     # half of the rows agree on the argmax, half need not
+S[:3] = T[:3] + 0.3  # half of the rows agree on the argmax, half need not
 ORACLES = {
     "eq3": (lambda x: C.category_consistency_loss(x, torch.tensor(LABELS)), lambda x: slow_ce(x, LABELS), T),
     "eq5 student": (lambda x: C.adversarial_loss(x, torch.tensor(T)), lambda x: slow_adversarial(x, T), S),
     "eq5 teacher": (lambda x: C.adversarial_loss(torch.tensor(S), x), lambda x: slow_adversarial(S, x), T),
     "eq7": (lambda x: C.kd_loss(x, torch.tensor(T), 3.0), lambda x: slow_kd(x, T, 3.0), S),
     "eq7 default": (lambda x: C.kd_loss(x, torch.tensor(T)), lambda x: slow_kd(x, T, 4.0), S),
-    "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(LABELS), torch.tensor(E), 0.2),
-            lambda x: slow_cae(x, LABELS, E, 0.2), Z),
+    "eq8": (
+        lambda x: C.category_aware_embedding_loss(x, torch.tensor(LABELS), torch.tensor(E), 0.2),
+        lambda x: slow_cae(x, LABELS, E, 0.2),
+        Z,
+    ),
     "eq9": (lambda x: C.contrastive_loss(x, torch.tensor(LABELS), 0.3), lambda x: slow_contrastive(x, LABELS, 0.3), Z),
 }
 
@@ -151,7 +167,7 @@ def test_loss_value_and_gradient(name):
     value.backward()
     assert value.shape == () and value.item() == pytest.approx(slow(x), rel=1e-9)
     np.testing.assert_allclose(tensor.grad.numpy(), numeric_gradient(slow, x), atol=1e-6)
-    assert np.abs(tensor.grad.numpy()).max() > 1e-4     # an oracle of a constant would prove nothing
+    assert np.abs(tensor.grad.numpy()).max() > 1e-4  # an oracle of a constant would prove nothing
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -209,8 +225,8 @@ def test_feature_matching_without_batchnorm_is_zero():
 
 def test_objectives_are_weighted_sums():
     a, b, c = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(-5.0)
-    assert C.generator_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5                 # eq. 6
-    assert C.student_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5                   # eq. 10
+    assert C.generator_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5  # eq. 6
+    assert C.student_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5  # eq. 10
 
 
 ALL_LOSSES = {
@@ -223,10 +239,18 @@ ALL_LOSSES = {
 
 
 @pytest.mark.parametrize("name", ALL_LOSSES)
-@pytest.mark.parametrize("x, y", [
-    (torch.randn(1, 4), [2]), (torch.randn(5, 4), [1] * 5), (torch.randn(4, 4), [0, 1, 2, 3]), (torch.zeros(6, 4), [0, 0, 1, 1, 2, 3]),
-    (torch.randn(6, 4) * 1e4, [0, 0, 1, 1, 2, 3]), (torch.randn(6, 4).bfloat16(), [0, 0, 1, 1, 2, 3])],
-    ids=["one row", "one class", "no pair", "zeros", "extreme", "bf16"])
+@pytest.mark.parametrize(
+    "x, y",
+    [
+        (torch.randn(1, 4), [2]),
+        (torch.randn(5, 4), [1] * 5),
+        (torch.randn(4, 4), [0, 1, 2, 3]),
+        (torch.zeros(6, 4), [0, 0, 1, 1, 2, 3]),
+        (torch.randn(6, 4) * 1e4, [0, 0, 1, 1, 2, 3]),
+        (torch.randn(6, 4).bfloat16(), [0, 0, 1, 1, 2, 3]),
+    ],
+    ids=["one row", "one class", "no pair", "zeros", "extreme", "bf16"],
+)
 def test_losses_are_finite(name, x, y):
     for autocast in (False, True):
         x = x.clone().detach().requires_grad_()
@@ -247,6 +271,7 @@ def test_within_class_variance():
 
 # --- CEND, generator, bank, augmentation ------------------------------------------------------------
 
+
 @pytest.mark.parametrize("source", range(4))
 def test_cend_sources(source):
     e = torch.tensor(rng(3, 8, seed=8)).float()
@@ -258,7 +283,7 @@ def test_cend_sources(source):
     assert (used == source).all() and e_hat.shape == (12000, 8)
     assert abs(noise.mean()) < 0.02 and abs(noise.var() - 1) < 0.03
     kurtosis = noise.pow(4).mean().item()
-    assert kurtosis == pytest.approx([3, 1.8, 6, 1][source], rel=0.1)     # tells the four families apart
+    assert kurtosis == pytest.approx([3, 1.8, 6, 1][source], rel=0.1)  # tells the four families apart
 
 
 def test_cend_draws_every_source_and_takes_any_number():
@@ -286,7 +311,9 @@ def test_generator_shapes(size):
 
 
 def test_light_generator_is_light():
-    light, heavy = (sum(p.numel() for n, p in C.Generator(64, 32, w).named_parameters() if "project" not in n) for w in (64, 128))
+    light, heavy = (
+        sum(p.numel() for n, p in C.Generator(64, 32, w).named_parameters() if "project" not in n) for w in (64, 128)
+    )
     assert heavy > 3.2 * light
     with pytest.raises(C.UserError, match="image size"):
         C.Generator(4, 33)
@@ -310,7 +337,7 @@ def test_augment_moves_and_flips_whole_images():
     x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, 3, 4, 4) / 16
     y = C.augment(x, pad=1)
     padded = F.pad(x[:1], (1, 1, 1, 1), mode="reflect")
-    crops = [padded[0, :, i:i + 4, j:j + 4] for i in range(3) for j in range(3)]
+    crops = [padded[0, :, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
     views = crops + [crop.flip(2) for crop in crops]
     hits = [sum(torch.equal(row, v) for row in y) for v in views]
     assert sum(h > 0 for h in hits) == 18 and all(any(torch.equal(row, v) for v in views) for row in y)
@@ -319,9 +346,20 @@ def test_augment_moves_and_flips_whole_images():
 # --- networks and checkpoints ------------------------------------------------------------------------
 
 # from the papers and the public model zoo, 10 classes
-PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet18": 11_173_962,
-              "resnet34": 21_282_122, "resnet50": 23_520_842, "wrn16_1": 175_066, "wrn16_2": 691_674,
-              "wrn40_1": 563_930, "wrn40_2": 2_243_546, "vgg11": 9_231_114}
+PARAMETERS = {
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+    "wrn16_1": 175_066,
+    "wrn16_2": 691_674,
+    "wrn40_1": 563_930,
+    "wrn40_2": 2_243_546,
+    "vgg11": 9_231_114,
+}
 
 
 @pytest.mark.parametrize("arch", C.ARCHITECTURES)
@@ -390,12 +428,27 @@ def lived_in(arch, **kw):
     return state
 
 
-LAYOUTS = {   # name: (arch, keys as the public code writes them, its forward, extra build arguments)
-    "kuangliu": ("resnet18", lambda k: k.replace("fc.", "linear.").replace("downsample", "shortcut"),
-                 lambda w, x: functional_resnet(w, x, (2, 2, 2, 2), "shortcut"), {}),
-    "akamaster": ("resnet20", lambda k: k.replace("fc.", "linear."), lambda w, x: functional_resnet(w, x, (3, 3, 3), None), {}),
-    "projection": ("resnet20", lambda k: k, lambda w, x: functional_resnet(
-        {k.replace("fc.", "linear."): v for k, v in w.items()}, x, (3, 3, 3), "downsample"), {"projection": True}),
+LAYOUTS = {  # name: (arch, keys as the public code writes them, its forward, extra build arguments)
+    "kuangliu": (
+        "resnet18",
+        lambda k: k.replace("fc.", "linear.").replace("downsample", "shortcut"),
+        lambda w, x: functional_resnet(w, x, (2, 2, 2, 2), "shortcut"),
+        {},
+    ),
+    "akamaster": (
+        "resnet20",
+        lambda k: k.replace("fc.", "linear."),
+        lambda w, x: functional_resnet(w, x, (3, 3, 3), None),
+        {},
+    ),
+    "projection": (
+        "resnet20",
+        lambda k: k,
+        lambda w, x: functional_resnet(
+            {k.replace("fc.", "linear."): v for k, v in w.items()}, x, (3, 3, 3), "downsample"
+        ),
+        {"projection": True},
+    ),
     "wrn": ("wrn16_2", lambda k: k, lambda w, x: functional_wrn(w, x, 2), {}),
     "vgg": ("vgg11", lambda k: k, functional_vgg, {}),
 }
@@ -406,8 +459,11 @@ LAYOUTS = {   # name: (arch, keys as the public code writes them, its forward, e
 def test_public_layouts_load_and_give_the_same_logits(layout, container, tmp_path):
     arch, rename, reference, kw = LAYOUTS[layout]
     w = {rename(k): v for k, v in lived_in(arch, **kw).items()}
-    stored = {"raw": w, "state_dict": {"state_dict": w, "epoch": 3, "best_acc1": 95.7},
-              "module": {"state_dict": {"module." + k: v for k, v in w.items() if "num_batches" not in k}}}[container]
+    stored = {
+        "raw": w,
+        "state_dict": {"state_dict": w, "epoch": 3, "best_acc1": 95.7},
+        "module": {"state_dict": {"module." + k: v for k, v in w.items() if "num_batches" not in k}},
+    }[container]
     torch.save(stored, tmp_path / "t.pth")
     teacher = C.load_teacher(arch, 10, str(tmp_path / "t.pth"))
     x = torch.rand(2, 3, 32, 32)
@@ -429,8 +485,15 @@ class Bomb:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("content, message", [
-    ({"state_dict": {"a": torch.zeros(1)}}, "missing"), ({"epoch": 3}, "no state dict"), ([1, 2], "no state dict"), ("bomb", "no file of plain tensors")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"state_dict": {"a": torch.zeros(1)}}, "missing"),
+        ({"epoch": 3}, "no state dict"),
+        ([1, 2], "no state dict"),
+        ("bomb", "no file of plain tensors"),
+    ],
+)
 def test_foreign_checkpoints_are_refused(content, message, tmp_path, monkeypatch):
     path = tmp_path / "t.pth"
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
@@ -448,11 +511,12 @@ def test_class_count_mismatch_names_both_shapes(tmp_path):
 
 # --- invariants of distill ---------------------------------------------------------------------------
 
+
 def test_teacher_is_bit_identical_and_student_learns(pair):
     teacher, student = pair
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     start = {k: v.clone() for k, v in student.state_dict().items()}
-    teacher.train()                                     # distill must not rely on the caller
+    teacher.train()  # distill must not rely on the caller
     result = distilled(pair)
     assert result is student and not student.training
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
@@ -462,8 +526,17 @@ def test_teacher_is_bit_identical_and_student_learns(pair):
 def test_distill_touches_no_data(pair, monkeypatch):
     def forbidden(*args, **kw):
         raise AssertionError("distill reached for data")
-    for target, name in ((C, "load_data"), (C, "draw_shapes"), (C, "DataLoader"), (torch, "load"), (socket, "socket"),
-                         (C.torchvision.datasets, "ImageFolder"), (C.torchvision.datasets, "CIFAR10"), (np, "load")):
+
+    for target, name in (
+        (C, "load_data"),
+        (C, "draw_shapes"),
+        (C, "DataLoader"),
+        (torch, "load"),
+        (socket, "socket"),
+        (C.torchvision.datasets, "ImageFolder"),
+        (C.torchvision.datasets, "CIFAR10"),
+        (np, "load"),
+    ):
         monkeypatch.setattr(target, name, forbidden)
     monkeypatch.setattr("builtins.open", forbidden)
     distilled(pair)
@@ -489,18 +562,33 @@ def test_callbacks_do_not_disturb_the_run():
     assert same(student, distilled(build_pair()))
 
 
-@pytest.mark.parametrize("weight, function", [
-    ("lambda_cae", "category_aware_embedding_loss"), ("lambda_cncl", "contrastive_loss"),
-    ("lambda_adv", "adversarial_loss"), ("lambda_fm", "FeatureMatching")])
+@pytest.mark.parametrize(
+    "weight, function",
+    [
+        ("lambda_cae", "category_aware_embedding_loss"),
+        ("lambda_cncl", "contrastive_loss"),
+        ("lambda_adv", "adversarial_loss"),
+        ("lambda_fm", "FeatureMatching"),
+    ],
+)
 def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch):
     on, off = distilled(build_pair(), **{weight: 1.0}), distilled(build_pair(), **{weight: 0.0})
     assert not same(on, off)
-    monkeypatch.setattr(C, function, lambda *a, **k: 1 / 0)             # switched off means not even called
+    monkeypatch.setattr(C, function, lambda *a, **k: 1 / 0)  # switched off means not even called
     assert same(off, distilled(build_pair(), **{weight: 0.0}))
 
 
-@pytest.mark.parametrize("change", [{"cend": False}, {"decoupled": False}, {"prior": "index"}, {"generator_width": 32},
-                                    {"magnitudes": (1.0,)}, {"magnitudes": (1.0,) * 8}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cend": False},
+        {"decoupled": False},
+        {"prior": "index"},
+        {"generator_width": 32},
+        {"magnitudes": (1.0,)},
+        {"magnitudes": (1.0,) * 8},
+    ],
+)
 def test_every_switch_changes_the_run(change):
     assert not same(distilled(build_pair()), distilled(build_pair(), **change))
 
@@ -515,12 +603,14 @@ def test_phases_are_decoupled():
     assert all(torch.equal(v, frozen[k]) for k, v in student.state_dict().items())
     assert all(p.grad is None for p in student.parameters())
     generator = {k: v.clone() for k, v in state.generator.state_dict().items()}
-    state.generator.forward = None                                      # any call would fail
+    state.generator.forward = None  # any call would fail
     C.distillation_phase(state, teacher, config)
     assert all(torch.equal(v, generator[k]) for k, v in state.generator.state_dict().items())
 
 
-@pytest.mark.parametrize("term, function", [("kd", "kd_loss"), ("ce", "category_consistency_loss"), ("cncl", "contrastive_loss")])
+@pytest.mark.parametrize(
+    "term, function", [("kd", "kd_loss"), ("ce", "category_consistency_loss"), ("cncl", "contrastive_loss")]
+)
 def test_non_finite_loss_names_term_and_cycle(term, function, pair, monkeypatch):
     monkeypatch.setattr(C, function, lambda logits, *rest: logits.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=f"in cycle 1: .*{term}"):
@@ -531,14 +621,21 @@ def test_bank_stops_at_its_cap(pair):
     teacher, student = pair
     sizes = []
     config = C.Config(**{**TINY, "cycles": 6, "bank_capacity": 50})
-    C.distill(teacher, student, config, on_cycle=lambda state, metrics: sizes.append((len(state.bank), state.bank.images.shape[0])))
+    C.distill(
+        teacher,
+        student,
+        config,
+        on_cycle=lambda state, metrics: sizes.append((len(state.bank), state.bank.images.shape[0])),
+    )
     assert sizes[-1] == (50, 50) and len({s[1] for s in sizes}) == 1
 
 
 def test_minutes_anneal_and_stop(pair):
     teacher, student = pair
     seen = []
-    C.distill(teacher, student, C.Config(**{**TINY, "minutes": 0.03}), on_cycle=lambda s, m: seen.append((s.seconds, m["lr"])))
+    C.distill(
+        teacher, student, C.Config(**{**TINY, "minutes": 0.03}), on_cycle=lambda s, m: seen.append((s.seconds, m["lr"]))
+    )
     assert seen[-1][0] >= 1.8 and all(s < 1.8 for s, _ in seen[:-1])
     assert len(seen) > 2 and seen[-1][1] < 0.5 * seen[0][1]
 
@@ -546,18 +643,23 @@ def test_minutes_anneal_and_stop(pair):
 def test_a_budget_below_a_cycle_is_kept(pair):
     teacher, student = pair
     seen = []
-    C.distill(teacher, student, C.Config(**{**TINY, "minutes": 0.01, "kd_steps": 10 ** 6, "warmup_rounds": 10 ** 6}),
-              on_cycle=lambda s, m: seen.append((s.seconds, m["images"])))
+    C.distill(
+        teacher,
+        student,
+        C.Config(**{**TINY, "minutes": 0.01, "kd_steps": 10**6, "warmup_rounds": 10**6}),
+        on_cycle=lambda s, m: seen.append((s.seconds, m["images"])),
+    )
     assert len(seen) == 1 and 0.6 <= seen[0][0] < 3 and seen[0][1] > 20
 
 
 # --- evaluation --------------------------------------------------------------------------------------
 
+
 def test_linear_probe_separates_a_separable_toy_and_is_deterministic():
     x = torch.rand(400, 3, 8, 8) * 0.3
     y = torch.arange(400) % 3
-    x[torch.arange(400), y] += 0.6                                       # the class is the brightest channel
-    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))   # head width plays no part
+    x[torch.arange(400), y] += 0.6  # the class is the brightest channel
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))  # head width plays no part
     train, test = TensorDataset(x[:300], y[:300]), TensorDataset(x[300:], y[300:])
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     result = C.linear_probe(backbone, train, test)
@@ -586,12 +688,16 @@ def test_shapes_are_seeded_balanced_and_distinct():
 
 # --- command line ------------------------------------------------------------------------------------
 
-FAST = ("--teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 --synth-batch 20 --synth-steps 2 "
-        "--kd-steps 2 --batch-size 20 --bank-capacity 64 --warmup-rounds 1").split()
+FAST = (
+    "--teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 --synth-batch 20 --synth-steps 2 "
+    "--kd-steps 2 --batch-size 20 --bank-capacity 64 --warmup-rounds 1"
+).split()
 
 
 def cli(*args, cwd):
-    return subprocess.run([sys.executable, str(HERE / "cae_dfkd.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=170)
+    return subprocess.run(
+        [sys.executable, str(HERE / "cae_dfkd.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=170
+    )
 
 
 @pytest.fixture(scope="module")
@@ -606,17 +712,44 @@ def workdir(tmp_path_factory):
 
 def test_run_directory_is_complete(workdir):
     run, out = workdir / "runs/a", (workdir / "stdout").read_text()
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt", "summary.json"}
+    assert {p.name for p in run.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.png",
+        "last.pt",
+        "student.pt",
+        "summary.json",
+    }
     summary = json.loads((run / "summary.json").read_text())
     assert 0 < summary["student_accuracy"] < 100 and set(summary["probe"]) == {"student", "teacher", "untrained"}
-    order = [out.index(text) for text in (f"teacher resnet8: {summary['teacher_accuracy']:.2f} %", "cycle 1,",
-                                          f"student resnet8: {summary['student_accuracy']:.2f} %", "untrained")]
+    order = [
+        out.index(text)
+        for text in (
+            f"teacher resnet8: {summary['teacher_accuracy']:.2f} %",
+            "cycle 1,",
+            f"student resnet8: {summary['student_accuracy']:.2f} %",
+            "untrained",
+        )
+    ]
     assert order == sorted(order)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["cycle"] for line in lines] == [1, 2]
-    for key in ("ce", "fm", "adv", "kd", "cae", "cncl", "lr", "variance", "images", "seconds_synthesis", "seconds_distillation", "accuracy"):
+    for key in (
+        "ce",
+        "fm",
+        "adv",
+        "kd",
+        "cae",
+        "cncl",
+        "lr",
+        "variance",
+        "images",
+        "seconds_synthesis",
+        "seconds_distillation",
+        "accuracy",
+    ):
         assert math.isfinite(lines[1][key])
-    assert lines[1]["accuracy"] == pytest.approx(summary["student_accuracy"])               # the last state
+    assert lines[1]["accuracy"] == pytest.approx(summary["student_accuracy"])  # the last state
     assert json.loads((run / "config.json").read_text())["kd_steps"] == 2
     torch.load(run / "last.pt", weights_only=True)
 
@@ -630,7 +763,7 @@ def test_eval_only_gives_the_summary_number(workdir):
 
 def test_resume_is_exact(workdir, monkeypatch, capsys):
     monkeypatch.chdir(workdir)
-    args = [*FAST, "--precision", "fp32", "--eval-every", "1"]          # the cut is at an evaluation
+    args = [*FAST, "--precision", "fp32", "--eval-every", "1"]  # the cut is at an evaluation
     monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
     assert C.main(args + ["--out", "runs/whole"]) == 0
     real = C.save_atomic
@@ -639,10 +772,11 @@ def test_resume_is_exact(workdir, monkeypatch, capsys):
         real(thing, path)
         if thing.get("cycle") == 1:
             raise KeyboardInterrupt
+
     monkeypatch.setattr(C, "save_atomic", interrupted)
     assert C.main(args + ["--out", "runs/cut"]) == 130 and "--resume" in capsys.readouterr().err
     monkeypatch.setattr(C, "save_atomic", real)
-    assert C.main(args + ["--out", "runs/cut"]) == 2                     # holds a run
+    assert C.main(args + ["--out", "runs/cut"]) == 2  # holds a run
     assert C.main(["--resume", "--out", "runs/cut", "--kd-steps", "9"]) == 2
     assert "kd_steps" in capsys.readouterr().err
     assert C.main(["--resume", "--out", "runs/cut"]) == 0
@@ -654,18 +788,35 @@ def test_resume_is_exact(workdir, monkeypatch, capsys):
         if isinstance(a, dict):
             return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
         return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
     for key in whole.keys() - {"config", "seconds"}:
         assert equal(whole[key], cut[key]), key
     assert len(Path("runs/cut/metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("args, culprit", [
-    (["--teacher", "resnet999"], "resnet999"), (["--student", "vit"], "vit"), (["--teacher-ckpt", "absent.pth"], "absent.pth"),
-    (["--dataset", "nowhere"], "nowhere"), (["--dataset", "empty"], "empty"), (["--prior", "absent.npy"], "absent.npy"),
-    (["--prior", "wrong.npy"], "(3, 7)"), (["--teacher-ckpt", "hundred.pth"], "(100, 64)"), (["--teacher-ckpt", "text.pth"], "text.pth"),
-    (["--resume", "--out", "runs/none"], "runs/none"), (["--eval-only", "absent.pt"], "absent.pt"), (["--image-size", "33"], "33"),
-    (["--kd-steps", "0"], "--kd-steps"), (["--student-lr", "nan"], "--student-lr"), (["--lambda-fm", "-1"], "--lambda-fm"),
-    (["--probe-dataset", "nowhere"], "nowhere"), (["--no-cend", "--no-decoupled"], "--no-cend"), (["--dataset", "differ"], "different classes")])
+@pytest.mark.parametrize(
+    "args, culprit",
+    [
+        (["--teacher", "resnet999"], "resnet999"),
+        (["--student", "vit"], "vit"),
+        (["--teacher-ckpt", "absent.pth"], "absent.pth"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--dataset", "empty"], "empty"),
+        (["--prior", "absent.npy"], "absent.npy"),
+        (["--prior", "wrong.npy"], "(3, 7)"),
+        (["--teacher-ckpt", "hundred.pth"], "(100, 64)"),
+        (["--teacher-ckpt", "text.pth"], "text.pth"),
+        (["--resume", "--out", "runs/none"], "runs/none"),
+        (["--eval-only", "absent.pt"], "absent.pt"),
+        (["--image-size", "33"], "33"),
+        (["--kd-steps", "0"], "--kd-steps"),
+        (["--student-lr", "nan"], "--student-lr"),
+        (["--lambda-fm", "-1"], "--lambda-fm"),
+        (["--probe-dataset", "nowhere"], "nowhere"),
+        (["--no-cend", "--no-decoupled"], "--no-cend"),
+        (["--dataset", "differ"], "different classes"),
+    ],
+)
 def test_wrong_input_is_one_line_and_code_2(args, culprit, workdir, monkeypatch, capsys):
     monkeypatch.chdir(workdir)
     Path("empty/train").mkdir(parents=True, exist_ok=True)
@@ -701,6 +852,7 @@ def test_help_needs_nothing_and_names_every_field(monkeypatch, capsys):
 
 # --- real data ---------------------------------------------------------------------------------------
 
+
 @needs_real
 def test_public_teacher_scores_what_it_should():
     test, _ = C.load_data(str(REAL / "cifar10"), "test")
@@ -711,15 +863,42 @@ def test_public_teacher_scores_what_it_should():
 
 @needs_real
 def test_real_command_for_a_few_seconds(tmp_path):
-    done = cli("--dataset", str(REAL / "cifar10"), "--teacher", "resnet20", "--teacher-ckpt", str(REAL / "resnet20_cifar10.th"),
-               "--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225", "--prior", str(REAL / "clip_vitb32_cifar10.npy"),
-               "--minutes", "0.05", "--warmup-rounds", "0", "--synth-steps", "2", "--kd-steps", "4", "--out", "run", cwd=tmp_path)
+    done = cli(
+        "--dataset",
+        str(REAL / "cifar10"),
+        "--teacher",
+        "resnet20",
+        "--teacher-ckpt",
+        str(REAL / "resnet20_cifar10.th"),
+        "--mean",
+        "0.485",
+        "0.456",
+        "0.406",
+        "--std",
+        "0.229",
+        "0.224",
+        "0.225",
+        "--prior",
+        str(REAL / "clip_vitb32_cifar10.npy"),
+        "--minutes",
+        "0.05",
+        "--warmup-rounds",
+        "0",
+        "--synth-steps",
+        "2",
+        "--kd-steps",
+        "4",
+        "--out",
+        "run",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("teacher resnet20: 91.64 %")
     assert json.loads((tmp_path / "run/summary.json").read_text())["test_images"] == 1017
 
 
 # --- the file and the README -------------------------------------------------------------------------
+
 
 def test_file_keeps_its_promises():
     tree = ast.parse(SOURCE)
@@ -728,18 +907,27 @@ def test_file_keeps_its_promises():
     assert longest.end_lineno - longest.lineno < 90, longest.name
     assert max(map(len, SOURCE.splitlines())) <= 100
     assert ".cuda(" not in SOURCE and "weights_only=False" not in SOURCE
-    listed, used = (set(re.findall(r"\[choice (\d+)\]", part)) for part in (ast.get_docstring(tree), SOURCE.split('"""', 2)[2]))
+    listed, used = (
+        set(re.findall(r"\[choice (\d+)\]", part)) for part in (ast.get_docstring(tree), SOURCE.split('"""', 2)[2])
+    )
     assert listed == used and len(listed) >= 8
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
             assert not re.search(r"[\x00-\x08\x0b-\x1f]", doc), node.name
-    documented = "\n".join(ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
+    documented = "\n".join(
+        ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))
+    )
     assert all(re.search(rf"[Ee]q\. {k}\b", documented) for k in range(1, 11))
 
 
 def test_import_has_no_side_effect(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import cae_dfkd, os, threading; print(os.listdir(), threading.active_count())"
-    done = subprocess.run([sys.executable, "-B", "-W", "error::SyntaxWarning", "-c", code, str(HERE)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-W", "error::SyntaxWarning", "-c", code, str(HERE)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == "[] 1", done.stderr
 
 
@@ -747,7 +935,9 @@ README = (HERE / "README.md").read_text()
 
 
 def test_readme_commands_parse():
-    commands = re.findall(r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)), re.M)
+    commands = re.findall(
+        r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)), re.M
+    )
     assert len(commands) >= 4
     for command in commands:
         words = command.split("#")[0].replace("\\\n", " ").replace("&&", " ").split()
