@@ -41,7 +41,7 @@ Our choices, where the paper's public text is silent:
 [choice 9]  bank images are drawn with replacement, then cropped and flipped, the same for T and S
 [choice 10] coupled training (an ablation): a generator step and a student step per fresh batch
 [choice 11] the bank is first-in first-out, and a few rounds fill it before the first student step
-[choice 12] every weight, temperature and size in `Config`
+[choice 12] every weight, temperature and size in `Config`, the optimisers and their schedule
 """
 from __future__ import annotations
 
@@ -592,7 +592,7 @@ NOISE_SOURCES: tuple[Callable[[Tensor], Tensor], ...] = (   # zero mean, unit va
 
 
 class CEND(nn.Module):
-    """Category embedding noise diffusion, eq. 1 (paper).
+    """Category embedding noise diffusion, eq. 1 (paper; how n is drawn is ours, choice 2).
 
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
@@ -687,7 +687,8 @@ def category_consistency_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
 class BatchStatistics(torch.autograd.Function):
     """Mean and biased variance over (B, H, W), by the BatchNorm kernel: x (B, C, H, W) -> (C,) x 2.
 
-    One read forward, one pass backward; `torch.var_mean` over three axes takes ten times as long.
+    The backward is one affine map of x. On a CPU `torch.var_mean` over three axes takes ten times
+    as long as this forward.
     """
 
     @staticmethod
@@ -848,6 +849,7 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     generator = Generator(e.shape[1], config.image_size, config.generator_width)
     generator.to(rows.device, memory_format=torch.channels_last)
     head = nn.Linear(last_linear(student).in_features, e.shape[1], device=rows.device)
+    # SGD with a cosine, Adam for the generator: as in most of the literature         [choice 12]
     sgd = torch.optim.SGD([*student.parameters(), *head.parameters()], config.student_lr, 0.9,
                           weight_decay=config.weight_decay, nesterov=True)
     bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
@@ -1028,7 +1030,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
 
 
 def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
-    """Device scalars -> floats in one transfer: the one place where the host waits for a device."""
+    """Device scalars -> floats in one transfer, once a phase, so that no step waits for it."""
     return dict(zip(terms, torch.stack([v.float() for v in terms.values()]).tolist()))
 
 
