@@ -47,21 +47,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import ctypes
 import dataclasses
+import functools
 import json
 import math
 import os
 import pickle
+import signal
 import sys
 import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -91,10 +97,12 @@ class Config:
     preset: str = opt("auto", "run", "recipe", choices=("auto", "shapes", "cpu", "gpu"))
     cycles: int = opt(150, "run", "cycles of synthesis and distillation")
     minutes: float | None = opt(None, "run", "time for both phases, in place of --cycles")
+    benchmark: bool = opt(False, "run", "time the steps of this run against their floors and stop")
     seed: int = opt(0, "run", "seed of everything random", low=0)
     device: str = opt("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
                          choices=("auto", "fp32", "bf16"))
+    compile: bool = opt(False, "run", "torch.compile both steps (slower on the CPUs tried)")
     out: str | None = opt(None, "run", "run directory; else runs/DATASET_TEACHER_STUDENT_SEED")
     overwrite: bool = opt(False, "run", "replace the run that is in the run directory")
     resume: bool = opt(False, "run", "go on from last.pt in the run directory")
@@ -335,7 +343,9 @@ def augment(images: Tensor, pad: int = 4) -> Tensor:
     rows = reflect(top + torch.arange(h, device=device), h)[:, :, None]                 # (B, H, 1)
     columns = reflect(left + columns, w)[:, None, :]                                    # (B, 1, W)
     image = torch.arange(b, device=device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 3, 1, 2)
+    where = (image * h + rows) * w + columns                                         # (B, H, W)
+    pixels = images.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, where.flatten())
+    return pixels.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
 # ===== 3. Networks and teacher loading ============================================================
@@ -348,7 +358,8 @@ class ShortcutA(nn.Module):
         self.stride, self.pad = stride, (out - width) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        # A pooling of one pixel: plain slices have a gradient that is not channels last.
+        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, self.pad, self.pad))
 
 
 def stage(block: Callable, width: int, out: int, blocks: int, stride: int) -> nn.Sequential:
@@ -380,7 +391,8 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class PreActBlock(nn.Module):
@@ -669,7 +681,8 @@ class MemoryBank:
     def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """images (batch, 3, S, S) float32 in [0, 1], labels, sources (batch,); with replacement."""
         i = torch.randint(len(self), (batch,), device=self.labels.device)
-        return to_float(self.images[i], self.images.device), self.labels[i], self.sources[i]
+        images = self.images.permute(0, 2, 3, 1).index_select(0, i).permute(0, 3, 1, 2)
+        return to_float(images, images.device), self.labels[i], self.sources[i]
 
 
 # ===== 5. Losses: pure functions, tensors in, scalar out ==========================================
@@ -706,9 +719,7 @@ class BatchStatistics(torch.autograd.Function):
     def backward(ctx, g_mean, g_var):
         x, mean = ctx.saved_tensors                          # dμ/dx = 1/M, dσ²/dx = 2 (x - μ) / M
         m = x.numel() // x.shape[1]
-        slope = 2 * g_var / m
-        shift = g_mean / m - slope * mean
-        return x * slope.to(x.dtype).view(-1, 1, 1) + shift.to(x.dtype).view(-1, 1, 1)
+        return F.batch_norm(x, mean, torch.ones_like(mean), 2 * g_var / m, g_mean / m, eps=0.0)
 
 
 def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
@@ -728,27 +739,41 @@ class FeatureMatching:
         loss = fm.loss()
 
     Hooks live only inside the `with`. Without BatchNorm in the teacher the loss is 0.
+    average: where a batch is spread over processes, a differentiable mean over them, (n,) -> (n,).
     """
 
-    def __init__(self, teacher: nn.Module):
+    def __init__(self, teacher: nn.Module, average: Callable[[Tensor], Tensor] | None = None):
+        self.teacher, self.average = teacher, average
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.seen: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
 
     def __enter__(self) -> FeatureMatching:
-        self.terms: list[Tensor] = []
-        self.hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
+        self.hooks = [self.teacher.register_forward_pre_hook(self.begin)]
+        self.hooks += [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
         return self
 
     def __exit__(self, *exc) -> None:
         for hook in self.hooks:
             hook.remove()
 
+    def begin(self, teacher: nn.Module, args: tuple) -> None:
+        self.seen.clear()
+
     def measure(self, layer: nn.BatchNorm2d, args: tuple) -> None:
-        mean, var = BatchStatistics.apply(args[0])
-        self.terms.append(statistics_distance(mean, var, layer.running_mean, layer.running_var))
+        self.seen.append((layer, *BatchStatistics.apply(args[0])))
 
     def loss(self) -> Tensor:
         """Scalar >= 0 of the last forward, differentiable to the images."""
-        return torch.stack(self.terms).mean() if self.terms else torch.zeros(())
+        if not self.seen:
+            return torch.zeros(())
+        layers, means, variances = zip(*self.seen)
+        if self.average:                                 # means of x and x² average; σ² does not
+            squares = [v + m.square() for m, v in zip(means, variances)]
+            parts = self.average(torch.cat([*means, *squares])).split([len(m) for m in means] * 2)
+            means, squares = parts[:len(layers)], parts[len(layers):]
+            variances = [q - m.square() for m, q in zip(means, squares)]
+        return torch.stack([statistics_distance(m, v, layer.running_mean, layer.running_var)
+                            for layer, m, v in zip(layers, means, variances)]).mean()
 
 
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -817,13 +842,39 @@ def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
 
 # ===== 6. Phase A, synthesis: the generator learns, the student is frozen =========================
 
+class Learner(nn.Module):
+    """What phase B trains, student and projection h: x (B, 3, H, W) -> s (B, K), z = h(f_S) (B, E).
+
+    To be called inside `with learner:`, where a hook on the student's classifier reads f_S.
+    """
+
+    def __init__(self, student: nn.Module, width: int):
+        super().__init__()
+        self.student = student
+        self.head = nn.Linear(last_linear(student).in_features, width)              # [choice 6]
+
+    def __enter__(self) -> None:
+        self.hook = last_linear(self.student).register_forward_pre_hook(self.keep)
+
+    def __exit__(self, *exc) -> None:
+        self.hook.remove()
+
+    def keep(self, classifier: nn.Module, args: tuple) -> None:
+        self.embedding = args[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.student(x)
+        return s, self.head(self.embedding)
+
+
 @dataclass
 class State:
     """All that changes while distilling; all of it goes into last.pt."""
     student: nn.Module
     generator: Generator
     cend: CEND
-    head: nn.Linear                                      # h: f_S (B, D) -> (B, E)     [choice 6]
+    learner: Learner
+    matching: FeatureMatching
     bank: MemoryBank
     generator_optimizer: torch.optim.Optimizer
     student_optimizer: torch.optim.Optimizer
@@ -848,13 +899,16 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     e = category_prior(prior.to(rows.device))
     generator = Generator(e.shape[1], config.image_size, config.generator_width)
     generator.to(rows.device, memory_format=torch.channels_last)
-    head = nn.Linear(last_linear(student).in_features, e.shape[1], device=rows.device)
+    learner = Learner(student, e.shape[1]).to(rows.device)
+    learner.head.requires_grad_(bool(config.lambda_cae or config.lambda_cncl))
     # SGD with a cosine, Adam for the generator: as in most of the literature         [choice 12]
-    sgd = torch.optim.SGD([*student.parameters(), *head.parameters()], config.student_lr, 0.9,
+    sgd = torch.optim.SGD(learner.parameters(), config.student_lr, 0.9,
                           weight_decay=config.weight_decay, nesterov=True)
     bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
     cend = CEND(e, config.magnitudes).to(rows.device)
-    return State(student, generator, cend, head, bank, adam(generator, config), sgd)
+    matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity(),
+                               Average.apply if world() > 1 else None)
+    return State(student, generator, cend, learner, matching, bank, adam(generator, config), sgd)
 
 
 def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
@@ -865,6 +919,9 @@ def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
 def autocast(like: Tensor, config: Config) -> torch.autocast:
     """bf16 for the networks if config.precision says so; losses compute in float32 all the same."""
     return torch.autocast(like.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+compiled = functools.cache(torch.compile)
 
 
 def set_training(model: nn.Module, on: bool) -> None:
@@ -879,25 +936,30 @@ def draw_inputs(state: State, labels: Tensor, config: Config) -> tuple[Tensor, T
     return torch.randn_like(state.cend.embeddings[labels]), torch.zeros_like(labels)
 
 
-def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
-                   ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, terms), detached."""
-    matching = FeatureMatching(teacher) if config.lambda_fm else contextlib.nullcontext()
+def generator_loss(state: State, teacher: nn.Module, generator: nn.Module, e_hat: Tensor,
+                   labels: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Eq. 6 and its terms for one batch -> (images, L_G, terms). Needs `with state.matching`."""
     with autocast(e_hat, config):
-        images = state.generator(e_hat)                                             # eq. 2
-        with matching as fm:
-            t = teacher(images)
+        images = generator(e_hat)                                                   # eq. 2
+        t = teacher(images)
         s = state.student(images) if config.lambda_adv else None
     zero = torch.zeros((), device=t.device)
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
-    l_fm = fm.loss() if fm and fm.layers else zero                                  # eq. 4
+    l_fm = state.matching.loss().to(t.device)                                       # eq. 4
     l_adv = zero if s is None else adversarial_loss(s, t)                           # eq. 5
     loss = generator_objective(l_ce, l_fm, l_adv, config.lambda_fm, config.lambda_adv)   # eq. 6
+    return images, loss, {"ce": l_ce, "fm": l_fm, "adv": l_adv}
+
+
+def generator_step(state: State, teacher: nn.Module, generator: nn.Module, e_hat: Tensor,
+                   labels: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, terms), detached."""
+    objective = compiled(generator_loss) if config.compile else generator_loss
+    images, loss, terms = objective(state, teacher, generator, e_hat, labels, config)
     state.generator_optimizer.zero_grad()
     loss.backward()
     state.generator_optimizer.step()
-    terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
-    return images.detach(), loss.detach(), terms
+    return images.detach(), loss.detach(), {name: term.detach() for name, term in terms.items()}
 
 
 @torch.no_grad()
@@ -918,35 +980,44 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     e_hat, sources = draw_inputs(state, labels, config)              # held for a round  [choice 7]
     state.generator.project.reset_parameters()
     state.generator_optimizer = adam(state.generator, config)
+    generator = parallel(state.generator)
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
-    for _ in range(config.synth_steps):
-        images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
-        best = torch.where(loss > lowest, best, images)                             # [choice 8]
-        lowest = torch.fmin(loss, lowest)
+    with state.matching:
+        for _ in range(config.synth_steps):
+            images, loss, terms = generator_step(state, teacher, generator, e_hat, labels, config)
+            best = torch.where(loss > lowest, best, images)                         # [choice 8]
+            lowest = torch.fmin(loss, lowest)
     state.bank.push(best, labels, sources)
     return terms | diversity(teacher, best, labels, config)
 
 
 # ===== 7. Phase B, distillation, and the loop over both ===========================================
 
-def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tensor, config: Config
-                 ) -> dict[str, Tensor]:
-    """One SGD step of student and head on eq. 10; images (B, 3, H, W) in [0, 1] -> terms."""
+def student_loss(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
+                 labels: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. Needs `with state.learner`."""
     with autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
-        s, f = forward_with_embedding(state.student, images)
+        s, z = learner(images)
     zero = torch.zeros((), device=s.device)
-    z = state.head(f.float()) if config.lambda_cae or config.lambda_cncl else None  # h(f_S(x̂))
     tau, e = config.embedding_temperature, state.cend.embeddings
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
     l_cae = category_aware_embedding_loss(z, labels, e, tau) if config.lambda_cae else zero  # eq. 8
     l_cncl = contrastive_loss(z, labels, tau) if config.lambda_cncl else zero       # eq. 9
     loss = student_objective(l_kd, l_cae, l_cncl, config.lambda_cae, config.lambda_cncl)  # eq. 10
+    return loss, {"kd": l_kd, "cae": l_cae, "cncl": l_cncl}
+
+
+def student_step(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
+                 labels: Tensor, config: Config) -> dict[str, Tensor]:
+    """One SGD step of student and head on eq. 10 -> terms, detached."""
+    objective = compiled(student_loss) if config.compile else student_loss
+    loss, terms = objective(state, teacher, learner, images, labels, config)
     state.student_optimizer.zero_grad()
     loss.backward()
     state.student_optimizer.step()
-    return {"kd": l_kd.detach(), "cae": l_cae.detach(), "cncl": l_cncl.detach()}
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def distillation_phase(state: State, teacher: nn.Module, config: Config, deadline: float = math.inf
@@ -956,24 +1027,32 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config, deadlin
     No step begins after the deadline (time.perf_counter), but the first.
     """
     set_training(state.student, True)
-    steps: list[dict[str, Tensor]] = []
-    while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
-        images, labels, _ = state.bank.sample(config.batch_size)
-        steps.append(student_step(state, teacher, augment(images), labels, config))  # [choice 9]
+    learner, steps = parallel(state.learner), []
+    with state.learner:
+        while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
+            images, labels, _ = state.bank.sample(config.batch_size)
+            images = augment(images)                                                # [choice 9]
+            steps.append(student_step(state, teacher, learner, images, labels, config))
+    share_buffers(state.student)
     return {name: torch.stack([terms[name] for terms in steps]).mean() for name in steps[0]}
 
 
 def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
     """In place of both phases: a generator and a student step on each fresh batch.   [choice 10]"""
     e = state.cend.embeddings
+    set_training(state.student, True)
+    generator, learner = parallel(state.generator), parallel(state.learner)
     for _ in range(config.kd_steps):
         labels = torch.randint(len(e), (config.batch_size,), device=e.device)
         e_hat, sources = draw_inputs(state, labels, config)
         set_training(state.student, False)
-        images, _, terms = generator_step(state, teacher, e_hat, labels, config)
+        with state.matching:
+            images, _, terms = generator_step(state, teacher, generator, e_hat, labels, config)
         set_training(state.student, True)
-        terms |= student_step(state, teacher, augment(images.float()), labels, config)
+        with state.learner:
+            terms |= student_step(state, teacher, learner, augment(images.float()), labels, config)
         state.bank.push(images, labels, sources)                         # for samples.png
+    share_buffers(state.student)
     return terms | diversity(teacher, images, labels, config)
 
 
@@ -1007,21 +1086,22 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         left = 60 * config.minutes - state.seconds if config.minutes else math.inf
         if config.decoupled:
             for extra in range(1 if state.cycle else 1 + config.warmup_rounds):     # [choice 11]
-                if extra and time.perf_counter() > start + left / 2:
+                if extra and agreed(time.perf_counter() - start) > left / 2:
                     break                                                # a budget below a cycle
                 terms = synthesis_round(state, teacher, config)                     # phase A
             metrics |= to_numbers(terms)
             middle = time.perf_counter()
-            terms = distillation_phase(state, teacher, config, start + left)        # phase B
+            terms = distillation_phase(state, teacher, config,                      # phase B
+                                       start + left if world() == 1 else math.inf)
             metrics |= to_numbers(terms)
         else:
             metrics |= to_numbers(coupled_phase(state, teacher, config))
         end = time.perf_counter()
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"not finite in cycle {state.cycle + 1}: {', '.join(broken)}")
-        state.cycle, state.seconds = state.cycle + 1, state.seconds + end - start
+        state.cycle, state.seconds = state.cycle + 1, state.seconds + agreed(end - start)
         metrics |= {"seconds_synthesis": middle - start, "seconds_distillation": end - middle,
-                    "seconds": state.seconds, "images": state.bank.pushed}
+                    "seconds": state.seconds, "images": state.bank.pushed * world()}
         if on_cycle:
             cuda = [state.bank.labels.device] if state.bank.labels.is_cuda else []
             with torch.random.fork_rng(devices=cuda):
@@ -1103,7 +1183,101 @@ def load_probe(config: Config) -> tuple[Dataset, Dataset] | None:
     return train, test
 
 
-# ===== 9. Run directory: checkpoints, pictures, status line =======================================
+# ===== 9. Several processes: torchrun. Each holds a share of every batch and its own bank =========
+
+def world() -> int:
+    """Number of processes; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 writes and reports."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module; with several processes inside DDP: process 0's weights, averaged gradients."""
+    return nn.parallel.DistributedDataParallel(module) if world() > 1 else module
+
+
+class Average(torch.autograd.Function):
+    """Mean over the processes; gradients are averaged on the way back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / world()
+
+    @staticmethod
+    def backward(ctx, g):
+        return Average.forward(ctx, g)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Process 0's running statistics, everywhere."""
+    for buffer in module.buffers() if world() > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
+def agreed(number: float) -> float:
+    """Process 0's number: clocks differ."""
+    box = [number]
+    if world() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def gathered(thing) -> list:
+    """What each process holds, on process 0; elsewhere nothing of use."""
+    things = [thing] * world()
+    if world() > 1:
+        dist.gather_object(thing, things if rank() == 0 else None)
+    return things
+
+
+@contextlib.contextmanager
+def process_0_first():
+    """The others wait and find its downloads and its trained teacher."""
+    if rank() > 0:
+        agreed(0)
+    yield
+    if rank() == 0:
+        agreed(0)
+
+
+@contextlib.contextmanager
+def process_group(config: Config):
+    """Join what torchrun started, and leave it; nothing where there is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if config.device == "cuda" else "gloo",
+                            timeout=timedelta(days=1))   # process 0 may train a teacher first
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(f"process {rank()} lost another one; --resume --out {config.out} goes on "
+                        f"from its last.pt, with {world()} processes") from error
+    dist.destroy_process_group()
+
+
+def share_of(config: Config) -> Config:
+    """Settings of one process: batches and bank are spread over all. UserError if they do not."""
+    n = world()
+    if n > 1 and (config.benchmark or config.synth_batch % n or config.batch_size % n):
+        raise UserError(f"{n} processes: --synth-batch and --batch-size must be multiples of {n}, "
+                        f"and --benchmark is for one process")
+    return dataclasses.replace(config, synth_batch=config.synth_batch // n,
+                               batch_size=config.batch_size // n,
+                               bank_capacity=max(1, config.bank_capacity // n))
+
+
+# ===== 10. Run directory: checkpoints, pictures, status line ======================================
 
 def save_atomic(thing, path: Path) -> None:
     """torch.save by way of a temporary file: `path` holds the old or the new, never a half."""
@@ -1117,16 +1291,17 @@ def save_atomic(thing, path: Path) -> None:
                         ) from error
 
 
-STATEFUL = ("student", "generator", "cend", "head", "generator_optimizer", "student_optimizer")
+STATEFUL = ("learner", "generator", "cend", "generator_optimizer", "student_optimizer")
 
 
 def pack_state(state: State, config: Config) -> dict:
     """State, settings and random generators as plain types that `weights_only=True` reads back."""
     bank, n, cuda = state.bank, len(state.bank), config.device == "cuda"
+    own = {"bank": [part[:n].clone() for part in (bank.images, bank.labels, bank.sources)],
+           "pushed": bank.pushed,
+           "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]}
     return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
-            "bank": [part[:n].clone() for part in (bank.images, bank.labels, bank.sources)],
-            "pushed": bank.pushed, "cycle": state.cycle, "seconds": state.seconds,
-            "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])],
+            "processes": gathered(own), "cycle": state.cycle, "seconds": state.seconds,
             "config": dataclasses.asdict(config)}
 
 
@@ -1134,13 +1309,13 @@ def unpack_state(saved: dict, state: State) -> None:
     """The inverse of `pack_state`, into a new state of the same settings."""
     for name in STATEFUL:
         getattr(state, name).load_state_dict(saved[name])
-    bank = state.bank
-    for part, kept in zip((bank.images, bank.labels, bank.sources), saved["bank"]):
+    bank, own = state.bank, saved["processes"][rank()]
+    for part, kept in zip((bank.images, bank.labels, bank.sources), own["bank"]):
         part[:len(kept)] = kept.to(part.device)
-    bank.pushed, state.cycle, state.seconds = saved["pushed"], saved["cycle"], saved["seconds"]
-    torch.set_rng_state(saved["rng"][0])
-    if len(saved["rng"]) > 1:
-        torch.cuda.set_rng_state(saved["rng"][1])
+    bank.pushed, state.cycle, state.seconds = own["pushed"], saved["cycle"], saved["seconds"]
+    torch.set_rng_state(own["rng"][0])
+    if len(own["rng"]) > 1:
+        torch.cuda.set_rng_state(own["rng"][1])
 
 
 def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
@@ -1148,6 +1323,17 @@ def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
     return {"state_dict": model.net.state_dict(), "arch": arch, "image_size": image_size,
             "mean": model.normalize.mean.flatten().tolist(),
             "std": model.normalize.std.flatten().tolist()}
+
+
+def open_run(out: Path, config: Config, cycle: int) -> None:
+    """Make or clear the run directory, write config.json, cut metrics.jsonl to the cycles saved."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in () if cycle else ("last.pt", "student.pt", "summary.json", "samples.png"):
+        (out / name).unlink(missing_ok=True)             # of a run that is overwritten
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if cycle and log.exists() else []
+    log.write_text("".join(lines[:cycle]))
 
 
 def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
@@ -1166,8 +1352,11 @@ class Status:
 
     def __init__(self):
         self.terminal, self.last = sys.stdout.isatty(), -math.inf
+        self.quiet = rank() > 0
 
     def __call__(self, text: str) -> None:
+        if self.quiet:
+            return
         if self.terminal:
             print(f"\r\033[K{text[:os.get_terminal_size().columns - 1]}", end="", flush=True)
         elif time.monotonic() - self.last > 10:
@@ -1176,10 +1365,129 @@ class Status:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        print(("\r\033[K" if self.terminal else "") + text, flush=True)
+        if not self.quiet:
+            print(("\r\033[K" if self.terminal else "") + text, flush=True)
 
 
-# ===== 10. Main ===================================================================================
+# ===== 11. Benchmark: each step against its floor, in one run =====================================
+
+def keep_freed_memory(on: bool = True) -> None:
+    """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if on else 65536)                                  # M_MMAP_MAX
+        mallopt(-1, 2 ** 31 - 1 if on else 131072)                       # M_TRIM_THRESHOLD
+
+
+def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for i in range(3 + repeats):                                         # three warm up
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            times[name] += [1000 * (time.perf_counter() - start)] * (i >= 3)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def bench_functions(teacher: nn.Module, student: nn.Module, config: Config,
+                    layout=torch.channels_last) -> dict[str, Callable]:
+    """The two steps of a run and their floors, bare passes over the same tensors, to be timed."""
+    teacher, frozen, pupil = (copy.deepcopy(net).to(memory_format=layout)
+                              for net in (teacher, student, student))
+    set_training(frozen, False)
+    set_training(pupil, True)
+    a, b = new_state(teacher, frozen, config), new_state(teacher, pupil, config)
+    a.generator.to(memory_format=layout)
+    labels = torch.arange(config.synth_batch, device=a.bank.labels.device) % len(a.cend.embeddings)
+    e_hat, sources = a.cend(labels)
+    b.bank.push(a.generator(e_hat).detach(), labels, sources)
+    ready = b.bank.sample(config.batch_size)[0].contiguous(memory_format=layout)
+
+    def kd_floor():
+        with autocast(ready, config):
+            with torch.no_grad():
+                teacher(ready)
+            loss = pupil(ready).float().mean()
+        b.student_optimizer.zero_grad()
+        loss.backward()
+        b.student_optimizer.step()
+
+    def kd_step():
+        images, labels, _ = b.bank.sample(config.batch_size)
+        with b.learner:
+            student_step(b, teacher, b.learner, augment(images), labels, config)
+
+    def synthesis_floor():
+        with autocast(e_hat, config):
+            images = a.generator(e_hat)
+            loss = teacher(images).float().mean()
+            if config.lambda_adv:
+                loss = loss + frozen(images).float().mean()
+        a.generator_optimizer.zero_grad()
+        loss.backward()
+
+    def synthesis_step():
+        with a.matching:
+            generator_step(a, teacher, a.generator, e_hat, labels, config)
+
+    return {"KD step": kd_step, "KD floor": kd_floor, "synthesis step": synthesis_step,
+            "synthesis floor": synthesis_floor,
+            "synthesis round": lambda: synthesis_round(a, teacher, config)}
+
+
+def benchmark(teacher: nn.Module, student: nn.Module, config: Config) -> dict[str, float]:
+    """What a run costs, what each setting buys: numbers by name. Takes a minute on two cores."""
+    def variant(**changes) -> dict[str, Callable]:
+        return bench_functions(teacher, student, dataclasses.replace(config, **changes))
+
+    def default_malloc(function: Callable) -> None:
+        keep_freed_memory(False)
+        function()
+        keep_freed_memory()
+
+    run, other = variant(), "fp32" if config.precision == "bf16" else "bf16"
+    rivals = {other: variant(precision=other), "contiguous memory": bench_functions(
+        teacher, student, config, torch.contiguous_format)}
+    timed = {name: run[name] for name in run if name != "synthesis round"}
+    timed |= {f"{name}, {rival}": functions[name] for rival, functions in rivals.items()
+              for name in ("KD floor", "synthesis floor")}
+    for name in ("KD step", "synthesis step"):
+        timed[f"{name}, default malloc"] = functools.partial(default_malloc, run[name])
+        if config.compile:
+            timed[f"{name}, eager"] = variant(compile=False)[name]
+    ms = side_by_side(timed, config.device, 20)
+    ms |= side_by_side({"synthesis round": run["synthesis round"], "synthesis round, heavy":
+                        variant(generator_width=128)["synthesis round"]}, config.device, 5)
+    x = to_float(torch.rand(128, 16, 32, 32), config.device)
+    ms |= side_by_side({"statistics": lambda: BatchStatistics.apply(x), "statistics, var_mean":
+                        lambda: torch.var_mean(x, (0, 2, 3))}, config.device, 50)
+    for size in (1_000, 10_000, 100_000):
+        bank = MemoryBank(size, config.image_size, config.device)
+        bank.pushed, batch = size, (bank.images[:128].clone(), *2 * [bank.labels[:128].clone()])
+        ms |= side_by_side({f"bank of {size}, push": functools.partial(bank.push, *batch),
+                            f"bank of {size}, sample": functools.partial(bank.sample, 128)},
+                           config.device, 50)
+    result = {f"{name} step / its floor": ms[f"{name} step"] / ms[f"{name} floor"]
+              for name in ("KD", "synthesis")}
+    result |= {f"{name} / as run": t / ms[name.split(", ")[0]] for name, t in ms.items()
+               if name.split(", ")[0] in ms and ", " in name}
+    result["images finished / s"] = 1000 * config.synth_batch / ms["synthesis round"]
+    result["images consumed / s"] = 1000 * config.batch_size / ms["KD step"]
+    result |= {f"{name}, ms": t for name, t in ms.items()}
+    with contextlib.suppress(ImportError):               # not on Windows; macOS says bytes
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result["peak resident MB"] = peak / (1e6 if sys.platform == "darwin" else 1e3)
+    if config.device == "cuda":
+        result["peak CUDA MB"] = torch.cuda.max_memory_allocated() / 1e6
+    return result
+
+
+# ===== 12. Main ===================================================================================
 
 def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module:
     """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
@@ -1187,6 +1495,9 @@ def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module
     path = Path(config.teacher_ckpt
                 or f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}{size}.pth")
     mean, std = BUILT_IN[config.dataset][2] if config.dataset in BUILT_IN else (None, None)
+    if config.benchmark and not (config.teacher_ckpt or path.exists()):
+        net = build_model(config.teacher, len(classes), config.image_size)   # as fast as a trained
+        return with_normalisation(net, *IMAGENET).eval().requires_grad_(False).to(config.device)
     if not (config.teacher_ckpt or path.exists()):
         status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
         train, names = load_data(config.dataset, "train", config.data_root, config.image_size)
@@ -1208,6 +1519,14 @@ def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module
         mean, std = mean or IMAGENET[0], std or IMAGENET[1]
     return load_teacher(config.teacher, len(classes), str(path), mean, std,
                         config.image_size).to(config.device)
+
+
+def fresh_student(config: Config, teacher: nn.Module, num_classes: int) -> nn.Module:
+    """The untrained student of config.seed, with the teacher's normalisation, on its device."""
+    torch.manual_seed(config.seed)
+    net = build_model(config.student, num_classes, config.image_size)
+    mean_std = (buffer.tolist() for buffer in teacher.normalize.buffers())
+    return with_normalisation(net, *mean_std).to(config.device)
 
 
 def read_prior(name: str) -> Tensor | None:
@@ -1237,6 +1556,21 @@ def evaluate_only(config: Config, status: Status) -> None:
         status.line(f"linear probe on {config.probe_dataset}: {accuracy:.2f} %")
 
 
+def run_benchmark(config: Config, status: Status) -> None:
+    """--benchmark: prints a table and writes benchmark.json into the run directory."""
+    _, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+    teacher = get_teacher(config, classes, status)
+    student = fresh_student(config, teacher, len(classes))
+    where = (f"{config.teacher} -> {config.student}, {config.device} {config.precision}, "
+             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    result = benchmark(teacher, student, config)
+    status.line(f"| {where} | |\n|---|---|\n" + "\n".join(
+        f"| {name} | {value:.3g} |" for name, value in result.items()))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps({"where": where, **result}, indent=1))
+
+
 def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | None]:
     """Guard the run directory -> (settings, saved state or None)."""
     last = Path(config.out) / "last.pt"
@@ -1252,6 +1586,8 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     if changed:
         raise UserError(f"a resumed run keeps its settings; this would change "
                         f"{', '.join(sorted(changed))}")
+    if len(saved["processes"]) != world():
+        raise UserError(f"{last} is of {len(saved['processes'])} processes, here are {world()}")
     free = {k: getattr(config, k) for k in MAY_CHANGE_ON_RESUME & given}
     return Config(**{**saved["config"], "device": config.device, **free}), saved
 
@@ -1259,76 +1595,92 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
 def run(config: Config, given: set[str]) -> None:
     """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
     status = Status()
+    config.precision = pick_precision(config.precision, config.device)
+    if config.device == "cuda":                          # TF32 for what bf16 leaves in float32
+        torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
+        torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
     if config.eval_only:
         return evaluate_only(config, status)
+    share_of(config)
+    if config.benchmark:
+        return run_benchmark(config, status)
     config, saved = resume_or_start(config, given)
-    config.precision = pick_precision(config.precision, config.device)
+    share = share_of(config)
     for arch in (config.student, config.teacher):        # what is wrong fails before any work
         build_model(arch, 2)
     Generator(1, config.image_size, config.generator_width)
     prior = read_prior(config.prior)
     torch.manual_seed(config.seed)
-    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    probe = load_probe(config)
-    teacher = get_teacher(config, classes, status)
+    with process_0_first():
+        test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+        probe = load_probe(config)
+        teacher = get_teacher(config, classes, status)
+    start, lead = time.perf_counter(), rank() == 0
     t_logits, _, labels = predict(teacher, test, config.device)
     teacher_accuracy = top1(t_logits, labels)
     status.line(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on {len(test)} test images")
 
-    def fresh_student() -> nn.Module:
-        torch.manual_seed(config.seed)
-        net = build_model(config.student, len(classes), config.image_size)
-        return with_normalisation(net, *(v.tolist() for v in teacher.normalize.buffers())
-                                  ).to(config.device)
-
-    student = fresh_student()
-    state = new_state(teacher, student, config, prior)
+    student = fresh_student(config, teacher, len(classes))
+    state = new_state(teacher, student, share, prior)
     if saved:
         unpack_state(saved, state)
+    elif not lead:
+        torch.manual_seed(config.seed + 1_000_003 * rank())
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in () if saved else ("last.pt", "student.pt", "summary.json", "samples.png"):
-        (out / name).unlink(missing_ok=True)             # of a run that is overwritten
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    log = out / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if saved and log.exists() else []
-    log.write_text("".join(lines[:state.cycle]))
+    log, last, save_at = out / "metrics.jsonl", out / "last.pt", -math.inf
+    if lead:
+        open_run(out, config, state.cycle)
     sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (student, state.generator)]
     status.line(f"student {config.student} {sizes[0]} weights, generator {sizes[1]}, preset "
                 f"{config.preset}, {config.device} {config.precision}, torch {torch.__version__}, "
-                f"into {out}")
+                f"into {out}" + (f", {world()} processes" if world() > 1 else ""))
+
+    def save() -> None:
+        nonlocal save_at
+        begin = time.perf_counter()
+        packed = pack_state(state, config)
+        if lead:
+            save_atomic(packed, last)
+        save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)     # 2 % of the time
 
     def on_cycle(state: State, metrics: dict) -> None:
         done = run_progress(state, config)
         status(f"distilling: {done:.0%}, cycle {state.cycle}, {state.seconds / state.cycle:.1f} s "
                f"each, {state.seconds * (1 / done - 1):.0f} s left, kd {metrics['kd']:.3f}, "
                f"variance {metrics['variance']:.2f}, recognised {metrics['recognised']:.0%}")
-        if state.cycle % config.eval_every == 0:
+        if lead and state.cycle % config.eval_every == 0:
             metrics["accuracy"] = top1(predict(student, test, config.device)[0], labels)
             status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")
             save_samples(state.bank, len(classes), out / "samples.png")
-        with log.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        save_atomic(pack_state(state, config), out / "last.pt")
+        if lead:
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        if agreed(time.perf_counter() > save_at):
+            save()
 
-    distill(teacher, student, config, prior, state, on_cycle)
+    distill(teacher, student, share, prior, state, on_cycle)
+    save()
+    if not lead:
+        return
     save_samples(state.bank, len(classes), out / "samples.png")
     save_atomic(export(student, config.student, config.image_size), out / "student.pt")
     logits, _, _ = predict(student, test, config.device)
     summary = {"teacher_accuracy": teacher_accuracy, "student_accuracy": top1(logits, labels),
                "agreement": top1(logits, t_logits.argmax(1)), "test_images": len(test),
-               "cycles": state.cycle, "seconds": state.seconds, "images": state.bank.pushed,
-               "seed": config.seed, "versions": {m.__name__: m.__version__ for m in (
-                   torch, torchvision, np)}}
+               "cycles": state.cycle, "seconds": state.seconds,
+               "images": state.bank.pushed * world(), "seed": config.seed,
+               "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
     status.line(f"student {config.student}: {summary['student_accuracy']:.2f} % (teacher "
                 f"{teacher_accuracy:.2f} %), agreement {summary['agreement']:.2f} %, "
-                f"{state.bank.pushed:,} images made in {state.seconds:.0f} s")
+                f"{summary['images']:,} images made in {state.seconds:.0f} s")
     if probe:
-        models = {"student": student, "teacher": teacher, "untrained": fresh_student()}
+        models = {"student": student, "teacher": teacher,
+                  "untrained": fresh_student(config, teacher, len(classes))}
         summary["probe"] = {name: linear_probe(model, *probe, config.device)["accuracy"]
                             for name, model in models.items()}
         status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
             f"{name} {accuracy:.2f} %" for name, accuracy in summary["probe"].items()))
+    summary["seconds_around"] = time.perf_counter() - start - state.seconds
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
@@ -1337,17 +1689,20 @@ def main(argv: list[str] | None = None) -> int:
     config = None
     try:
         config, given = parse_args(argv)
-        run(config, given)
+        keep_freed_memory()
+        with process_group(config):
+            run(config, given)
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         saved = config and Path(config.out, "last.pt").exists()
-        print("\ninterrupted; " + (f"the last whole cycle is saved: --resume --out {config.out}"
-                                   if saved else "no cycle was finished"), file=sys.stderr)
+        print("\ninterrupted; " + (f"go on with --resume --out {config.out}" if saved
+                                   else "no cycle was finished"), file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # ends a run as Ctrl-C does
     sys.exit(main())

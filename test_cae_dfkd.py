@@ -6,6 +6,7 @@ CAE_DFKD_DATA) and skip, saying so, where it is absent.
 
 import ast
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -211,9 +212,9 @@ def test_feature_matching_is_the_mean_over_layers_and_leaves_no_hook(pair):
     assert len(slow) == 19 and loss.item() == pytest.approx(sum(slow) / 19, rel=1e-4)
     assert x.grad.abs().sum() > 0
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
-    before = len(fm.terms)
+    before = len(fm.seen)
     teacher(torch.rand(2, 3, 16, 16))
-    assert len(fm.terms) == before
+    assert len(fm.seen) == before
     with pytest.raises(RuntimeError), C.FeatureMatching(teacher):
         raise RuntimeError
     assert not any(m._forward_pre_hooks for m in teacher.modules())
@@ -570,7 +571,7 @@ def test_callbacks_do_not_disturb_the_run():
         ("lambda_cae", "category_aware_embedding_loss"),
         ("lambda_cncl", "contrastive_loss"),
         ("lambda_adv", "adversarial_loss"),
-        ("lambda_fm", "FeatureMatching"),
+        ("lambda_fm", "statistics_distance"),
     ],
 )
 def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch):
@@ -852,6 +853,190 @@ def test_help_needs_nothing_and_names_every_field(monkeypatch, capsys):
         C.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(C.Config))
+
+
+# --- speed, without a clock --------------------------------------------------------------------------
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """Reading a number off a tensor makes the host wait for a GPU: inside the phases nothing may do so."""
+    teacher, student = build_pair()
+    config = C.Config(**TINY)
+    C.set_training(teacher, False)
+    state = C.new_state(teacher, student, config)
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        monkeypatch.setattr(optimizer, "step", lambda self: None)
+    for name in "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split():
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail("the host reads a tensor"))
+    C.synthesis_round(state, teacher, config)
+    C.distillation_phase(state, teacher, config)
+
+
+def test_gradients_stay_channels_last():
+    """A gradient in another memory format costs a fifth of a training step: sliced shortcuts had one."""
+    net, wrong = C.with_normalisation(C.build_model("resnet8", 4), (0, 0, 0), (1, 1, 1)), []
+
+    def check(gradient):
+        wrong.append(not gradient.is_contiguous(memory_format=torch.channels_last))
+
+    for module in net.modules():
+        if isinstance(module, C.BasicBlock):
+            module.register_forward_hook(lambda module, args, out: out.register_hook(check) and None)
+    net(C.to_float(torch.rand(4, 3, 32, 32), "cpu")).sum().backward()
+    assert len(wrong) == 3 and not any(wrong[1:])  # the first comes from the pooling to one pixel
+
+
+def test_compiled_steps_have_no_graph_break_and_change_nothing(monkeypatch):
+    eager = distilled(build_pair())
+    whole = functools.cache(functools.partial(torch.compile, backend="eager", fullgraph=True))
+    monkeypatch.setattr(C, "compiled", whole)
+    assert same(eager, distilled(build_pair(), compile=True)) and whole.cache_info().misses == 2
+
+
+def test_benchmark_table(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    real = C.side_by_side
+    monkeypatch.setattr(C, "side_by_side", lambda functions, device, repeats: real(functions, device, 1))
+    assert C.main([*FAST, "--benchmark", "--out", "runs/bench"]) == 0
+    assert [p.name for p in Path("runs/bench").iterdir()] == ["benchmark.json"]
+    result = json.loads(Path("runs/bench/benchmark.json").read_text())
+    printed = capsys.readouterr().out
+    assert result.pop("where") in printed
+    assert all(f"| {name} | {value:.3g} |" in printed and value > 0 for name, value in result.items())
+    for step in ("KD", "synthesis"):
+        times = result[f"{step} step, ms"] / result[f"{step} floor, ms"]
+        assert result[f"{step} step / its floor"] == pytest.approx(times)
+    assert result["bank of 100000, push, ms"] > 0 and result["synthesis round, heavy / as run"] > 0
+
+
+def test_floors_and_steps_use_the_same_tensors(monkeypatch):
+    """An honest floor: teacher and student see as many images of the same type and layout as in the step."""
+    teacher, student = build_pair()
+    teacher, student = (C.with_normalisation(net, (0, 0, 0), (1, 1, 1)) for net in (teacher, student))
+    config = C.Config(**{**TINY, "device": "cpu", "precision": "bf16"})
+    seen = []
+
+    def spy(module, args, out):
+        seen.append((tuple(args[0].shape), args[0].dtype, args[0].stride(), out.dtype, out.requires_grad))
+
+    for net in (teacher, student):
+        net.net.conv1.register_forward_hook(spy)
+    functions = C.bench_functions(teacher, student, config)
+    for name in ("KD", "synthesis"):
+        looks = []
+        for kind in ("step", "floor"):
+            seen.clear()
+            functions[f"{name} {kind}"]()
+            looks.append(list(seen))
+        assert looks[0] == looks[1] and len(looks[0]) == 2
+
+
+def test_checkpoints_take_a_small_share_of_the_time(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    real, saves = C.save_atomic, []
+
+    def slow(thing, path):
+        if path.name == "last.pt":
+            saves.append(thing["cycle"])
+            C.time.sleep(0.5)
+        real(thing, path)
+
+    monkeypatch.setattr(C, "save_atomic", slow)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    assert C.main([*FAST, "--cycles", "6", "--out", "runs/slow"]) == 0
+    assert saves == [1, 6]  # at once, then not before 25 s have gone, and at the end
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+WORKER = """
+import hashlib, os, signal, sys
+import torch
+import cae_dfkd as C
+
+real = C.distill
+
+def distill(teacher, student, config, prior, state, on_cycle):
+    def then(state, metrics):
+        on_cycle(state, metrics)
+        if os.environ.get("DIE") and state.cycle == 1 and C.rank() == 1:
+            os._exit(9)
+    done = real(teacher, student, config, prior, state, then)
+    bits = b"".join(v.numpy().tobytes() for v in done.state_dict().values())
+    print("student", C.rank(), hashlib.sha256(bits).hexdigest(), flush=True)
+
+    whole = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    half = whole.detach().chunk(2)[C.rank()].clone().requires_grad_()
+    losses = []
+    for images, average in ((whole, None), (half, C.Average.apply)):
+        with C.FeatureMatching(teacher, average) as matching:
+            teacher(images)
+        losses.append(matching.loss())
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+    expected = whole.grad.chunk(2)[C.rank()]            # DDP divides by two
+    torch.testing.assert_close(half.grad / 2, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    print("matching", C.rank(), flush=True)
+    return done
+
+C.distill = distill
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+sys.exit(C.main())
+"""
+
+
+def torchrun(processes, script, *args, cwd, **env):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), **env}
+    return subprocess.run(
+        [*command, str(script), *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=170
+    )
+
+
+def test_two_processes_agree_and_a_lost_one_can_be_resumed(workdir):
+    worker = workdir / "worker.py"
+    worker.write_text(WORKER)
+    died = torchrun(2, worker, *FAST, "--out", "runs/two", cwd=workdir, DIE="1")
+    assert died.returncode != 0 and "--resume --out runs/two" in died.stderr
+    assert torch.load(workdir / "runs/two/last.pt", weights_only=True)["cycle"] == 1
+    alone = cli("--resume", "--out", "runs/two", cwd=workdir)
+    assert alone.returncode == 2 and "of 2 processes" in alone.stderr
+    ends = [
+        torchrun(2, worker, *args, cwd=workdir)
+        for args in (["--resume", "--out", "runs/two"], [*FAST, "--out", "runs/both"])
+    ]
+    students = set()
+    for end in ends:
+        assert end.returncode == 0, end.stderr
+        assert end.stdout.count("matching") == 2
+        students |= {line.split()[2] for line in end.stdout.splitlines() if re.match(r"student \d ", line)}
+    assert len(students) == 1  # both processes, resumed or not
+    lines = [json.loads(line) for line in (workdir / "runs/two/metrics.jsonl").read_text().splitlines()]
+    assert [line["cycle"] for line in lines] == [1, 2] and lines[-1]["images"] == 60
+    kept = torch.load(workdir / "runs/two/last.pt", weights_only=True)["processes"]
+    assert [len(own["bank"][0]) for own in kept] == [30, 30]
+    assert not torch.equal(kept[0]["bank"][0], kept[1]["bank"][0])  # each makes its own images
+
+
+def test_torchrun_with_one_process_is_the_plain_run(workdir):
+    args = [*FAST, "--precision", "fp32"]
+    for name, run in {
+        "plain": lambda *a: cli(*a, cwd=workdir),
+        "torchrun": lambda *a: torchrun(1, HERE / "cae_dfkd.py", *a, cwd=workdir),
+    }.items():
+        assert run(*args, "--out", f"runs/{name}").returncode == 0
+    plain, other = (
+        torch.load(workdir / f"runs/{name}/student.pt", weights_only=True)["state_dict"] for name in ("plain", "torchrun")
+    )
+    assert plain.keys() == other.keys() and all(torch.equal(plain[k], other[k]) for k in plain)
+
+
+@pytest.mark.parametrize("args, culprit", [(["--batch-size", "21"], "multiples of 2"), (["--benchmark"], "one process")])
+def test_batches_that_cannot_be_spread_are_refused(args, culprit, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(C, "world", lambda: 2)
+    assert C.main([*FAST, "--out", "runs/odd", *args]) == 2
+    assert culprit in capsys.readouterr().err and not Path("runs/odd").exists()
 
 
 # --- real data ---------------------------------------------------------------------------------------
