@@ -8,6 +8,8 @@ Equation numbers are ours.
     python cae_dfkd.py                                         # embedded data, minutes on a laptop
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # finds or trains the teacher first
     python cae_dfkd.py --eval-only runs/NAME/student.pt        # score a saved student
+    python cae_dfkd.py --benchmark                             # what a step costs, and its floor
+    torchrun --nproc-per-node=2 cae_dfkd.py                    # several processes or GPUs
 
 Every category has an embedding e_y. CEND diffuses it with noise from several sources, a light
 generator turns the result into images. Phase A (synthesis) shapes the images by the teacher's
@@ -822,7 +824,7 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     z = F.normalize(full(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (full(z @ z.T) / temperature).masked_fill(itself, -1e9)            # a ≠ i
-    log_p = similarity - similarity.logsumexp(1, keepdim=True)                      # (B, B)
+    log_p = F.log_softmax(similarity, 1)                                            # (B, B)
     positive = (labels[:, None] == labels) & ~itself                                # P(i)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
     return per_row.sum() / positive.any(1).sum().clamp_min(1)                       # mean over V
@@ -1187,12 +1189,12 @@ def load_probe(config: Config) -> tuple[Dataset, Dataset] | None:
 
 def world() -> int:
     """Number of processes; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process; 0 writes and reports."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def parallel(module: nn.Module) -> nn.Module:
@@ -1371,12 +1373,12 @@ class Status:
 
 # ===== 11. Benchmark: each step against its floor, in one run =====================================
 
-def keep_freed_memory(on: bool = True) -> None:
+def keep_freed_memory() -> None:
     """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0 if on else 65536)                                  # M_MMAP_MAX
-        mallopt(-1, 2 ** 31 - 1 if on else 131072)                       # M_TRIM_THRESHOLD
+        mallopt(-4, 0)                                                   # M_MMAP_MAX
+        mallopt(-1, 2 ** 31 - 1)                                         # M_TRIM_THRESHOLD
 
 
 def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
@@ -1444,22 +1446,17 @@ def benchmark(teacher: nn.Module, student: nn.Module, config: Config) -> dict[st
     def variant(**changes) -> dict[str, Callable]:
         return bench_functions(teacher, student, dataclasses.replace(config, **changes))
 
-    def default_malloc(function: Callable) -> None:
-        keep_freed_memory(False)
-        function()
-        keep_freed_memory()
-
     run, other = variant(), "fp32" if config.precision == "bf16" else "bf16"
+    steps, floors = ("KD step", "synthesis step"), ("KD floor", "synthesis floor")
+    ms = side_by_side({f"{name}, default malloc": run[name] for name in steps}, config.device, 20)
+    keep_freed_memory()                                  # `main` did not yet
     rivals = {other: variant(precision=other), "contiguous memory": bench_functions(
         teacher, student, config, torch.contiguous_format)}
-    timed = {name: run[name] for name in run if name != "synthesis round"}
-    timed |= {f"{name}, {rival}": functions[name] for rival, functions in rivals.items()
-              for name in ("KD floor", "synthesis floor")}
-    for name in ("KD step", "synthesis step"):
-        timed[f"{name}, default malloc"] = functools.partial(default_malloc, run[name])
-        if config.compile:
-            timed[f"{name}, eager"] = variant(compile=False)[name]
-    ms = side_by_side(timed, config.device, 20)
+    timed = {name: run[name] for name in steps + floors}
+    timed |= {f"{name}, {rival}": rivals[rival][name] for rival in rivals for name in floors}
+    if config.compile:
+        timed |= {f"{name}, eager": variant(compile=False)[name] for name in steps}
+    ms |= side_by_side(timed, config.device, 40)
     ms |= side_by_side({"synthesis round": run["synthesis round"], "synthesis round, heavy":
                         variant(generator_width=128)["synthesis round"]}, config.device, 5)
     x = to_float(torch.rand(128, 16, 32, 32), config.device)
@@ -1592,6 +1589,24 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     return Config(**{**saved["config"], "device": config.device, **free}), saved
 
 
+def score(config: Config, teacher: nn.Module, student: nn.Module, t_logits: Tensor,
+          test: Dataset, probe: tuple[Dataset, Dataset] | None, status: Status) -> dict:
+    """Accuracy, agreement and probe of a finished student beside its teacher's, printed too."""
+    logits, _, labels = predict(student, test, config.device)
+    result = {"teacher_accuracy": top1(t_logits, labels), "student_accuracy": top1(logits, labels),
+              "agreement": top1(logits, t_logits.argmax(1)), "test_images": len(test)}
+    status.line(f"student {config.student}: {result['student_accuracy']:.2f} % (teacher "
+                f"{result['teacher_accuracy']:.2f} %), agreement {result['agreement']:.2f} %")
+    if probe:
+        models = {"student": student, "teacher": teacher,
+                  "untrained": fresh_student(config, teacher, t_logits.shape[1])}
+        result["probe"] = {name: linear_probe(model, *probe, config.device)["accuracy"]
+                           for name, model in models.items()}
+        status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
+            f"{name} {accuracy:.2f} %" for name, accuracy in result["probe"].items()))
+    return result
+
+
 def run(config: Config, given: set[str]) -> None:
     """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
     status = Status()
@@ -1617,8 +1632,8 @@ def run(config: Config, given: set[str]) -> None:
         teacher = get_teacher(config, classes, status)
     start, lead = time.perf_counter(), rank() == 0
     t_logits, _, labels = predict(teacher, test, config.device)
-    teacher_accuracy = top1(t_logits, labels)
-    status.line(f"teacher {config.teacher}: {teacher_accuracy:.2f} % on {len(test)} test images")
+    status.line(f"teacher {config.teacher}: {top1(t_logits, labels):.2f} % on {len(test)} test "
+                f"images")
 
     student = fresh_student(config, teacher, len(classes))
     state = new_state(teacher, student, share, prior)
@@ -1626,8 +1641,7 @@ def run(config: Config, given: set[str]) -> None:
         unpack_state(saved, state)
     elif not lead:
         torch.manual_seed(config.seed + 1_000_003 * rank())
-    out = Path(config.out)
-    log, last, save_at = out / "metrics.jsonl", out / "last.pt", -math.inf
+    out, save_at, resumed = Path(config.out), -math.inf, state.seconds
     if lead:
         open_run(out, config, state.cycle)
     sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (student, state.generator)]
@@ -1640,7 +1654,7 @@ def run(config: Config, given: set[str]) -> None:
         begin = time.perf_counter()
         packed = pack_state(state, config)
         if lead:
-            save_atomic(packed, last)
+            save_atomic(packed, out / "last.pt")
         save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)     # 2 % of the time
 
     def on_cycle(state: State, metrics: dict) -> None:
@@ -1653,7 +1667,7 @@ def run(config: Config, given: set[str]) -> None:
             status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")
             save_samples(state.bank, len(classes), out / "samples.png")
         if lead:
-            with log.open("a") as file:
+            with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
         if agreed(time.perf_counter() > save_at):
             save()
@@ -1664,23 +1678,13 @@ def run(config: Config, given: set[str]) -> None:
         return
     save_samples(state.bank, len(classes), out / "samples.png")
     save_atomic(export(student, config.student, config.image_size), out / "student.pt")
-    logits, _, _ = predict(student, test, config.device)
-    summary = {"teacher_accuracy": teacher_accuracy, "student_accuracy": top1(logits, labels),
-               "agreement": top1(logits, t_logits.argmax(1)), "test_images": len(test),
-               "cycles": state.cycle, "seconds": state.seconds,
-               "images": state.bank.pushed * world(), "seed": config.seed,
-               "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
-    status.line(f"student {config.student}: {summary['student_accuracy']:.2f} % (teacher "
-                f"{teacher_accuracy:.2f} %), agreement {summary['agreement']:.2f} %, "
-                f"{summary['images']:,} images made in {state.seconds:.0f} s")
-    if probe:
-        models = {"student": student, "teacher": teacher,
-                  "untrained": fresh_student(config, teacher, len(classes))}
-        summary["probe"] = {name: linear_probe(model, *probe, config.device)["accuracy"]
-                            for name, model in models.items()}
-        status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
-            f"{name} {accuracy:.2f} %" for name, accuracy in summary["probe"].items()))
-    summary["seconds_around"] = time.perf_counter() - start - state.seconds
+    summary = score(config, teacher, student, t_logits, test, probe, status)
+    summary |= {"cycles": state.cycle, "images": state.bank.pushed * world(), "seed": config.seed,
+                "seconds": state.seconds,
+                "seconds_around": time.perf_counter() - start - state.seconds + resumed,
+                "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
+    status.line(f"{summary['images']:,} images made; synthesis and distillation took "
+                f"{state.seconds:.0f} s, all around them {summary['seconds_around']:.0f} s")
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
@@ -1689,7 +1693,8 @@ def main(argv: list[str] | None = None) -> int:
     config = None
     try:
         config, given = parse_args(argv)
-        keep_freed_memory()
+        if not config.benchmark:
+            keep_freed_memory()
         with process_group(config):
             run(config, given)
     except (UserError, FloatingPointError, OSError) as error:
