@@ -138,6 +138,8 @@ class Config:
     student_lr: float = opt(0.1, "distillation", "SGD step of the student, annealed by a cosine")
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student", low=0)
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
+    real_kd: bool = opt(False, "distillation", "an upper bound for comparison, not data-free: the "
+                                               "training images are the bank, none are made")
     lambda_cae: float = opt(0.1, "distillation", "weight of the category-aware loss, eq. 8")
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
     embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
@@ -187,8 +189,9 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
             low = f.metadata.get("low", 0 if f.name.startswith("lambda") else 1e-9)
             if not low <= value < math.inf:
                 raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    if not (config.cend or config.decoupled):
-        raise UserError("--no-cend with --no-decoupled: no category would reach the generator")
+    if not config.decoupled and (config.real_kd or not config.cend):
+        raise UserError("--no-decoupled goes neither with --no-cend, where no category would reach "
+                        "the generator, nor with --real-kd")
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.dataset == "shapes":
         config.probe_dataset = config.probe_dataset or "shapes-unseen"
@@ -1087,7 +1090,9 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         start = middle = time.perf_counter()
         left = 60 * config.minutes - state.seconds if config.minutes else math.inf
         if config.decoupled:
-            for extra in range(1 if state.cycle else 1 + config.warmup_rounds):     # [choice 11]
+            rounds = 1 if state.cycle else 1 + config.warmup_rounds                 # [choice 11]
+            terms = {}
+            for extra in range(0 if config.real_kd else rounds):
                 if extra and agreed(time.perf_counter() - start) > left / 2:
                     break                                                # a budget below a cycle
                 terms = synthesis_round(state, teacher, config)                     # phase A
@@ -1113,7 +1118,8 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
 
 def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
     """Device scalars -> floats in one transfer, once a phase, so that no step waits for it."""
-    return dict(zip(terms, torch.stack([v.float() for v in terms.values()]).tolist()))
+    values = [v.float() for v in terms.values()]
+    return dict(zip(terms, torch.stack(values).tolist())) if values else {}
 
 
 # ===== 8. Evaluation, on real data: accuracy, agreement, linear probe =============================
@@ -1636,10 +1642,16 @@ def run(config: Config, given: set[str]) -> None:
                 f"images")
 
     student = fresh_student(config, teacher, len(classes))
+    real = config.real_kd and load_data(config.dataset, "train", config.data_root,
+                                        config.image_size)[0]
+    share.bank_capacity = len(real) if real else share.bank_capacity
     state = new_state(teacher, student, share, prior)
     if saved:
         unpack_state(saved, state)
-    elif not lead:
+    elif real:
+        for images, y in DataLoader(real, batch_size=256):
+            state.bank.push(images.to(config.device), y.to(config.device), torch.zeros_like(y))
+    if not (saved or lead):
         torch.manual_seed(config.seed + 1_000_003 * rank())
     out, save_at, resumed = Path(config.out), -math.inf, state.seconds
     if lead:
@@ -1659,9 +1671,9 @@ def run(config: Config, given: set[str]) -> None:
 
     def on_cycle(state: State, metrics: dict) -> None:
         done = run_progress(state, config)
+        shown = [f"{k} {metrics[k]:.2f}" for k in ("kd", "variance", "recognised") if k in metrics]
         status(f"distilling: {done:.0%}, cycle {state.cycle}, {state.seconds / state.cycle:.1f} s "
-               f"each, {state.seconds * (1 / done - 1):.0f} s left, kd {metrics['kd']:.3f}, "
-               f"variance {metrics['variance']:.2f}, recognised {metrics['recognised']:.0%}")
+               f"each, {state.seconds * (1 / done - 1):.0f} s left, {', '.join(shown)}")
         if lead and state.cycle % config.eval_every == 0:
             metrics["accuracy"] = top1(predict(student, test, config.device)[0], labels)
             status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")

@@ -759,6 +759,16 @@ def test_run_directory_is_complete(workdir):
     torch.load(run / "last.pt", weights_only=True)
 
 
+def test_real_kd_makes_no_image_and_holds_the_training_set(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    monkeypatch.setattr(C, "generator_step", lambda *args: 1 / 0)
+    assert C.main([*FAST, "--real-kd", "--out", "runs/real"]) == 0
+    images, labels, _ = torch.load("runs/real/last.pt", weights_only=True)["processes"][0]["bank"]
+    train, _ = C.load_data("shapes", "train")
+    assert torch.equal(images, train.tensors[0]) and torch.equal(labels, train.tensors[1])
+
+
 def test_eval_only_gives_the_summary_number(workdir):
     done = cli("--eval-only", "runs/a/student.pt", cwd=workdir)
     summary = json.loads((workdir / "runs/a/summary.json").read_text())
@@ -819,6 +829,7 @@ def test_resume_is_exact(workdir, monkeypatch, capsys):
         (["--lambda-fm", "-1"], "--lambda-fm"),
         (["--probe-dataset", "nowhere"], "nowhere"),
         (["--no-cend", "--no-decoupled"], "--no-cend"),
+        (["--real-kd", "--no-decoupled"], "--real-kd"),
         (["--dataset", "differ"], "different classes"),
     ],
 )
