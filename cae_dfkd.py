@@ -59,7 +59,10 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
+import warnings
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -72,6 +75,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms
@@ -95,15 +99,19 @@ class Config:
     dataset: str = opt("shapes", "run", "shapes, cifar10, cifar100, svhn, stl10, or a folder with "
                                         "train/ and test/ (or val/) of one sub-folder per class")
     data_root: str = opt("data", "run", "where downloaded data sets are kept")
-    image_size: int = opt(32, "run", "pixels; images of another size are resized")
-    preset: str = opt("auto", "run", "recipe", choices=("auto", "shapes", "cpu", "gpu"))
+    image_size: int = opt(32, "run", "pixels; images of another size are resized",
+                          range=(8, 1024))
+    preset: str = opt("auto", "run", "recipe, other defaults than printed here; auto: shapes for "
+                                     "shapes, else gpu on cuda, else cpu",
+                      choices=("auto", "shapes", "cpu", "gpu"))
     cycles: int = opt(150, "run", "cycles of synthesis and distillation")
     minutes: float | None = opt(None, "run", "time for both phases, in place of --cycles")
     benchmark: bool = opt(False, "run", "time the steps of this run against their floors and stop")
-    seed: int = opt(0, "run", "seed of everything random", low=0)
+    seed: int = opt(0, "run", "seed of everything random", range=(0, 2**63 - 1))
     device: str = opt("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
                          choices=("auto", "fp32", "bf16"))
+    deterministic: bool = opt(False, "run", "only kernels that repeat bit for bit; a CPU's do")
     compile: bool = opt(False, "run", "torch.compile both steps (slower on the CPUs tried)")
     out: str | None = opt(None, "run", "run directory; else runs/DATASET_TEACHER_STUDENT_SEED")
     overwrite: bool = opt(False, "run", "replace the run that is in the run directory")
@@ -116,14 +124,18 @@ class Config:
     teacher_ckpt: str | None = opt(None, "networks", "teacher weights; else found or trained")
     teacher_epochs: int = opt(60, "networks", "epochs of a teacher that has to be trained")
     student: str | None = opt(None, "networks", "student architecture; else a smaller relative")
-    mean: tuple[float, ...] | None = opt(None, "networks", "the teacher's input mean", nargs=3)
-    std: tuple[float, ...] | None = opt(None, "networks", "the teacher's input deviation", nargs=3)
+    mean: tuple[float, ...] | None = opt(None, "networks", "the teacher's input mean", nargs=3,
+                                           range=(-1e3, 1e3))
+    std: tuple[float, ...] | None = opt(None, "networks", "the teacher's input deviation", nargs=3,
+                                          range=(1e-6, 1e3))
 
     prior: str = opt("teacher", "synthesis", "category embeddings: teacher (classifier rows), "
                                              "index (one-hot), or a (K, E) array, .npy or .pt")
     cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
-    magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+")
-    generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy", low=8)
+    magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+",
+                                           range=(0, 1e3))
+    generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy",
+                               range=(8, 4096))
     decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
     synth_batch: int = opt(128, "synthesis", "images of a round")
     synth_steps: int = opt(12, "synthesis", "generator steps of a round")
@@ -131,15 +143,16 @@ class Config:
     lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")
     lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")
     bank_capacity: int = opt(20_000, "synthesis", "images the memory bank keeps, the newest")
-    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step", low=0)
+    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step",
+                             range=(0, 1e9))
 
     kd_steps: int = opt(40, "distillation", "student steps of a cycle")
     batch_size: int = opt(128, "distillation", "images of a student step")
     student_lr: float = opt(0.1, "distillation", "SGD step of the student, annealed by a cosine")
-    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student", low=0)
+    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student", range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
     real_kd: bool = opt(False, "distillation", "an upper bound for comparison, not data-free: the "
-                                               "training images are the bank, none are made")
+                                               "training images, with their labels, are the bank")
     lambda_cae: float = opt(0.1, "distillation", "weight of the category-aware loss, eq. 8")
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
     embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
@@ -167,7 +180,7 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
     groups = {name: parser.add_argument_group(name) for name in (
         "run", "networks", "synthesis", "distillation")}
     for f in dataclasses.fields(Config):                 # f.type is the annotation's text
-        kw = {k: v for k, v in f.metadata.items() if k not in ("group", "low")}
+        kw = {k: v for k, v in f.metadata.items() if k not in ("group", "range")}
         kw["help"] += f" (default: {f.default})"
         if f.type == "bool":
             kw["action"] = argparse.BooleanOptionalAction
@@ -183,21 +196,36 @@ def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
         config.preset = "shapes" if config.dataset == "shapes" else config.preset
     for name in PRESETS[config.preset].keys() - given.keys():
         setattr(config, name, PRESETS[config.preset][name])
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        if f.type in ("int", "float", "float | None") and value is not None:
-            low = f.metadata.get("low", 0 if f.name.startswith("lambda") else 1e-9)
-            if not low <= value < math.inf:
-                raise UserError(f"--{f.name.replace('_', '-')} {value} is out of range")
-    if not config.decoupled and (config.real_kd or not config.cend):
-        raise UserError("--no-decoupled goes neither with --no-cend, where no category would reach "
-                        "the generator, nor with --real-kd")
+    check(config)
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.dataset == "shapes":
         config.probe_dataset = config.probe_dataset or "shapes-unseen"
     config.out = config.out or "_".join(
         ("runs/" + dataset_name(config.dataset), config.teacher, config.student, str(config.seed)))
     return config, set(given)
+
+
+def check(config: Config) -> None:
+    """Raise UserError, which names the flag, for a setting of a wrong type or out of its range."""
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        if value is None and f.default is None:
+            continue
+        kind, flag = f.type.split("[")[0].split(" ")[0], "--" + f.name.replace("_", "-")
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple": tuple}[kind]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+            raise UserError(f"{flag} {value!r} should be a {kind}")
+        if value not in f.metadata.get("choices", [value]):
+            raise UserError(f"{flag} {value!r} should be one of {f.metadata['choices']}")
+        if kind in ("int", "float", "tuple"):
+            least = 0 if f.name.startswith("lambda") else 1 if kind == "int" else 1e-9
+            low, high = f.metadata.get("range", (least, 1e9))
+            for number in value if kind == "tuple" else [value]:
+                if not (isinstance(number, (int, float)) and low <= number <= high):
+                    raise UserError(f"{flag} {number} is out of range, {low:g} to {high:g}")
+    if not config.decoupled and (config.real_kd or not config.cend):
+        raise UserError("--no-decoupled goes neither with --no-cend, where no category would reach "
+                        "the generator, nor with --real-kd")
 
 
 def pick_device(name: str) -> str:
@@ -214,6 +242,16 @@ def pick_precision(name: str, device: str) -> str:
     fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": bool,
             "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
     return ("bf16" if fast[device]() else "fp32") if name == "auto" else name
+
+
+def set_numerics(config: Config) -> None:
+    """Precision of this run: bf16 networks, on a GPU with TF32 for the rest, or all in float32."""
+    config.precision = pick_precision(config.precision, config.device)
+    if config.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
+        torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # before CUDA begins
+    torch.use_deterministic_algorithms(config.deterministic)
 
 
 # ===== 2. Data: only to train a missing teacher and to evaluate; `distill` sees none of it ========
@@ -312,7 +350,7 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
             folder = Path(dataset, split)
             if split == "test" and not folder.is_dir():
                 folder = Path(dataset, "val")
-            data = torchvision.datasets.ImageFolder(str(folder), transform)
+            data = torchvision.datasets.ImageFolder(str(folder), transform, loader=read_image)
         classes = getattr(data, "classes", None) or [str(k) for k in range(10)]
         if len(data) * 3 * size * size <= 2 << 30:
             batches = list(DataLoader(data, batch_size=256))
@@ -320,7 +358,19 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
     except (OSError, RuntimeError, ImportError) as error:    # torchvision reads svhn with scipy
         raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
                         f"{help_line}") from error
+    if len(classes) < 2:
+        raise UserError(f"{dataset!r} ({split}) has one class only; two are needed to tell apart")
     return data, classes
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file of any kind as RGB; a broken one is named."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {first_line(error)}; remove or replace it"
+                        ) from error
 
 
 def first_line(error: Exception) -> str:
@@ -499,10 +549,18 @@ def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
 def load_safely(path: str | Path):
     """torch.load of tensors and plain types only: nothing in the file is ever executed."""
     try:
+        if zipfile.is_zipfile(path):                     # torch stores tensors as they are
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > 2 * os.path.getsize(path):
+                raise UserError(f"{path} would expand to {size:,} bytes; save it anew")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UserError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no file of plain tensors; if it is a pickled module, save its "
                         f"state_dict() instead") from error
 
@@ -514,9 +572,25 @@ def read_checkpoint(path: str) -> dict:
         stored = {"state_dict": stored}
     state = stored["state_dict"]
     if not (isinstance(state, dict) and state
-            and all(isinstance(v, Tensor) for v in state.values())):
-        raise UserError(f"{path} holds no state dict of tensors")
+            and all(isinstance(k, str) and is_plain(v) for k, v in state.items())):
+        raise UserError(f"{path} holds no state dict of plain tensors")
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {key} is not finite; this network is broken")
+    for key in ("mean", "std"):
+        row = stored.get(key, (1.0,) * 3)
+        if not (isinstance(row, (list, tuple)) and len(row) == 3 and all(
+                isinstance(v, (int, float)) and math.isfinite(v) and (v > 0 or key == "mean")
+                for v in row)):
+            raise UserError(f"{path}: its {key} should be three numbers")
     return stored
+
+
+def is_plain(value) -> bool:
+    """A dense tensor whose numbers are all there: an expanded one could fill the memory."""
+    return (isinstance(value, Tensor) and value.layout == torch.strided
+            and not (value.is_quantized or value.is_complex() or value.is_meta)
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
 def load_teacher(arch: str, num_classes: int, path: str, mean=None, std=None, image_size=32
@@ -564,24 +638,25 @@ def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
     return logits, inputs[0]
 
 
-def train_classifier(model: nn.Module, data: Dataset, epochs: int, device: str, precision: str,
-                     status: Callable[[str], None]) -> None:
+def train_classifier(model: nn.Module, data: Dataset, config: Config, status: Callable) -> None:
     """Supervised training of a teacher that does not exist yet: SGD, one-cycle, crop and flip."""
     loader = DataLoader(data, batch_size=128, shuffle=True, drop_last=len(data) > 128)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
-    steps = epochs * len(loader)
+    steps = config.teacher_epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     model.train()
-    for epoch in range(epochs):
+    for epoch in range(config.teacher_epochs):
         for images, labels in loader:
-            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(augment(to_float(images, device)))
-            loss = F.cross_entropy(logits.float(), labels.to(device))
+            images = augment(to_float(images, config.device))
+            with autocast(images, config):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels.to(config.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        status(f"training the teacher: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
+        status(f"training the teacher: epoch {epoch + 1} of {config.teacher_epochs}, "
+               f"loss {loss.item():.3f}")
     model.eval()
 
 
@@ -713,7 +788,7 @@ class BatchStatistics(torch.autograd.Function):
     def forward(ctx, x):
         if x.device.type in ("cpu", "cuda"):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            running = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)   # scratch
+            running = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)   # makes it float32
             mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
         else:
             var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
@@ -743,42 +818,36 @@ class FeatureMatching:
             logits = teacher(images)
         loss = fm.loss()
 
-    Hooks live only inside the `with`. Without BatchNorm in the teacher the loss is 0.
-    average: where a batch is spread over processes, a differentiable mean over them, (n,) -> (n,).
+    Hooks live only inside the `with`. Without BatchNorm in the teacher the loss is 0. average:
+    where a batch is spread over processes, a differentiable mean over them, any shape -> same.
     """
 
     def __init__(self, teacher: nn.Module, average: Callable[[Tensor], Tensor] | None = None):
-        self.teacher, self.average = teacher, average
+        self.average, self.seen = average, {}
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.seen: list[tuple[nn.BatchNorm2d, Tensor, Tensor]] = []
 
     def __enter__(self) -> FeatureMatching:
-        self.hooks = [self.teacher.register_forward_pre_hook(self.begin)]
-        self.hooks += [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
+        self.hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
         return self
 
     def __exit__(self, *exc) -> None:
         for hook in self.hooks:
             hook.remove()
 
-    def begin(self, teacher: nn.Module, args: tuple) -> None:
-        self.seen.clear()
-
     def measure(self, layer: nn.BatchNorm2d, args: tuple) -> None:
-        self.seen.append((layer, *BatchStatistics.apply(args[0])))
+        self.seen[layer] = BatchStatistics.apply(args[0])
 
     def loss(self) -> Tensor:
         """Scalar >= 0 of the last forward, differentiable to the images."""
         if not self.seen:
             return torch.zeros(())
-        layers, means, variances = zip(*self.seen)
+        means, variances = zip(*self.seen.values())
         if self.average:                                 # means of x and x² average; σ² does not
-            squares = [v + m.square() for m, v in zip(means, variances)]
-            parts = self.average(torch.cat([*means, *squares])).split([len(m) for m in means] * 2)
-            means, squares = parts[:len(layers)], parts[len(layers):]
-            variances = [q - m.square() for m, q in zip(means, squares)]
+            mean, var, sizes = torch.cat(means), torch.cat(variances), [len(m) for m in means]
+            mean, square = self.average(torch.stack([mean, var + mean.square()]))
+            means, variances = mean.split(sizes), (square - mean.square()).split(sizes)
         return torch.stack([statistics_distance(m, v, layer.running_mean, layer.running_var)
-                            for layer, m, v in zip(layers, means, variances)]).mean()
+                            for layer, m, v in zip(self.seen, means, variances)]).mean()
 
 
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -845,12 +914,12 @@ def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
     return (f - same @ f / n).square().sum() / (len(f) - (1 / n).sum()).clamp_min(1)
 
 
-# ===== 6. Phase A, synthesis: the generator learns, the student is frozen =========================
+# ===== 6. What a run carries from cycle to cycle ==================================================
 
 class Learner(nn.Module):
     """What phase B trains, student and projection h: x (B, 3, H, W) -> s (B, K), z = h(f_S) (B, E).
 
-    To be called inside `with learner:`, where a hook on the student's classifier reads f_S.
+    To be called inside `with learner.reading():`.
     """
 
     def __init__(self, student: nn.Module, width: int):
@@ -858,11 +927,9 @@ class Learner(nn.Module):
         self.student = student
         self.head = nn.Linear(last_linear(student).in_features, width)              # [choice 6]
 
-    def __enter__(self) -> None:
-        self.hook = last_linear(self.student).register_forward_pre_hook(self.keep)
-
-    def __exit__(self, *exc) -> None:
-        self.hook.remove()
+    def reading(self):
+        """A context in which a hook on the student's classifier reads f_S."""
+        return last_linear(self.student).register_forward_pre_hook(self.keep)
 
     def keep(self, classifier: nn.Module, args: tuple) -> None:
         self.embedding = args[0]
@@ -874,7 +941,7 @@ class Learner(nn.Module):
 
 @dataclass
 class State:
-    """All that changes while distilling; all of it goes into last.pt."""
+    """All that changes while distilling; what of it is needed to go on is in last.pt."""
     student: nn.Module
     generator: Generator
     cend: CEND
@@ -909,16 +976,14 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     # SGD with a cosine, Adam for the generator: as in most of the literature         [choice 12]
     sgd = torch.optim.SGD(learner.parameters(), config.student_lr, 0.9,
                           weight_decay=config.weight_decay, nesterov=True)
+    adam = torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
     bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
     cend = CEND(e, config.magnitudes).to(rows.device)
+    if config.lambda_fm and not FeatureMatching(teacher).layers:
+        warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
     matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity(),
                                Average.apply if world() > 1 else None)
-    return State(student, generator, cend, learner, matching, bank, adam(generator, config), sgd)
-
-
-def adam(generator: Generator, config: Config) -> torch.optim.Optimizer:
-    """A new optimiser for the generator; betas of the GAN literature."""
-    return torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
+    return State(student, generator, cend, learner, matching, bank, adam, sgd)
 
 
 def autocast(like: Tensor, config: Config) -> torch.autocast:
@@ -933,6 +998,8 @@ def set_training(model: nn.Module, on: bool) -> None:
     """Train mode with gradients, or eval mode without."""
     model.train(on).requires_grad_(on)
 
+
+# ===== 7. Phase A, synthesis: the generator learns, the student is frozen =========================
 
 def draw_inputs(state: State, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """labels (B,) -> the generator's input (B, E), noise sources (B,). Without CEND plain noise."""
@@ -984,7 +1051,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     labels = (torch.arange(config.synth_batch, device=e.device) + offset) % len(e)  # balanced
     e_hat, sources = draw_inputs(state, labels, config)              # held for a round  [choice 7]
     state.generator.project.reset_parameters()
-    state.generator_optimizer = adam(state.generator, config)
+    state.generator_optimizer.state.clear()
     generator = parallel(state.generator)
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
     with state.matching:
@@ -996,11 +1063,11 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     return terms | diversity(teacher, best, labels, config)
 
 
-# ===== 7. Phase B, distillation, and the loop over both ===========================================
+# ===== 8. Phase B, distillation, and the loop over both ===========================================
 
 def student_loss(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
                  labels: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. Needs `with state.learner`."""
+    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. Needs `learner.reading()`."""
     with autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
@@ -1033,7 +1100,7 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config, deadlin
     """
     set_training(state.student, True)
     learner, steps = parallel(state.learner), []
-    with state.learner:
+    with state.learner.reading():
         while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
             images, labels, _ = state.bank.sample(config.batch_size)
             images = augment(images)                                                # [choice 9]
@@ -1054,7 +1121,7 @@ def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str,
         with state.matching:
             images, _, terms = generator_step(state, teacher, generator, e_hat, labels, config)
         set_training(state.student, True)
-        with state.learner:
+        with state.learner.reading():
             terms |= student_step(state, teacher, learner, augment(images.float()), labels, config)
         state.bank.push(images, labels, sources)                         # for samples.png
     share_buffers(state.student)
@@ -1079,6 +1146,10 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     bf16, all else fp32. Returns the student, in eval mode. Raises FloatingPointError
     with the name and cycle of a loss that is not finite.
     """
+    if config.real_kd and state is None:
+        raise UserError("real_kd needs a state whose bank holds the real images")
+    if teacher is student:
+        raise UserError("teacher and student are one object; the student would stay as it is")
     set_training(teacher, False)
     if state is None:
         torch.manual_seed(config.seed)
@@ -1122,7 +1193,7 @@ def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(terms, torch.stack(values).tolist())) if values else {}
 
 
-# ===== 8. Evaluation, on real data: accuracy, agreement, linear probe =============================
+# ===== 9. Evaluation, on real data: accuracy, agreement, linear probe =============================
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -1191,7 +1262,7 @@ def load_probe(config: Config) -> tuple[Dataset, Dataset] | None:
     return train, test
 
 
-# ===== 9. Several processes: torchrun. Each holds a share of every batch and its own bank =========
+# ===== 10. Several processes: torchrun. Each holds a share of every batch and its own bank ========
 
 def world() -> int:
     """Number of processes; 1 without torchrun."""
@@ -1236,32 +1307,17 @@ def agreed(number: float) -> float:
     return box[0]
 
 
-def gathered(thing) -> list:
-    """What each process holds, on process 0; elsewhere nothing of use."""
-    things = [thing] * world()
-    if world() > 1:
-        dist.gather_object(thing, things if rank() == 0 else None)
-    return things
-
-
-@contextlib.contextmanager
-def process_0_first():
-    """The others wait and find its downloads and its trained teacher."""
-    if rank() > 0:
-        agreed(0)
-    yield
-    if rank() == 0:
-        agreed(0)
-
-
 @contextlib.contextmanager
 def process_group(config: Config):
     """Join what torchrun started, and leave it; nothing where there is one process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    local = int(os.environ["LOCAL_RANK"])
+    if config.device == "mps" or config.device == "cuda" and local >= torch.cuda.device_count():
+        raise UserError(f"process {local} finds no {config.device} device of its own; start fewer")
     if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if config.device == "cuda" else "gloo",
                             timeout=timedelta(days=1))   # process 0 may train a teacher first
     try:
@@ -1269,8 +1325,8 @@ def process_group(config: Config):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise UserError(f"process {rank()} lost another one; --resume --out {config.out} goes on "
-                        f"from its last.pt, with {world()} processes") from error
+        raise UserError(f"process {rank()} lost another one; if {config.out} has a last.pt, "
+                        f"--resume --out {config.out} goes on, with {world()} processes") from error
     dist.destroy_process_group()
 
 
@@ -1285,7 +1341,7 @@ def share_of(config: Config) -> Config:
                                bank_capacity=max(1, config.bank_capacity // n))
 
 
-# ===== 10. Run directory: checkpoints, pictures, status line ======================================
+# ===== 11. Run directory: checkpoints, pictures, status line ======================================
 
 def save_atomic(thing, path: Path) -> None:
     """torch.save by way of a temporary file: `path` holds the old or the new, never a half."""
@@ -1295,35 +1351,42 @@ def save_atomic(thing, path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:             # torch calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {first_line(error)}; what was there is intact"
-                        ) from error
+        raise UserError(f"cannot write {path}, is the disk full? What was there is intact "
+                        f"({first_line(error)})") from error
 
 
+SAVE_EVERY = 50       # last.pt waits so many times as long as it last took: 2 % of a run's time
 STATEFUL = ("learner", "generator", "cend", "generator_optimizer", "student_optimizer")
 
 
 def pack_state(state: State, config: Config) -> dict:
     """State, settings and random generators as plain types that `weights_only=True` reads back."""
     bank, n, cuda = state.bank, len(state.bank), config.device == "cuda"
-    own = {"bank": [part[:n].clone() for part in (bank.images, bank.labels, bank.sources)],
+    own = {"bank": [part[:n].clone().cpu() for part in (bank.images, bank.labels, bank.sources)],
            "pushed": bank.pushed,
            "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]}
+    processes = [own] * world()                          # on process 0: what each of them holds
+    if world() > 1:
+        dist.gather_object(own, processes if rank() == 0 else None)
     return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
-            "processes": gathered(own), "cycle": state.cycle, "seconds": state.seconds,
+            "processes": processes, "cycle": state.cycle, "seconds": state.seconds,
             "config": dataclasses.asdict(config)}
 
 
 def unpack_state(saved: dict, state: State) -> None:
-    """The inverse of `pack_state`, into a new state of the same settings."""
-    for name in STATEFUL:
-        getattr(state, name).load_state_dict(saved[name])
-    bank, own = state.bank, saved["processes"][rank()]
-    for part, kept in zip((bank.images, bank.labels, bank.sources), own["bank"]):
-        part[:len(kept)] = kept.to(part.device)
-    bank.pushed, state.cycle, state.seconds = own["pushed"], saved["cycle"], saved["seconds"]
-    torch.set_rng_state(own["rng"][0])
-    if len(own["rng"]) > 1:
-        torch.cuda.set_rng_state(own["rng"][1])
+    """The inverse of `pack_state`, into a new state of the same settings, else UserError."""
+    try:
+        for name in STATEFUL:
+            getattr(state, name).load_state_dict(saved[name])
+        bank, own = state.bank, saved["processes"][rank()]
+        bank.pushed, state.cycle, state.seconds = own["pushed"], saved["cycle"], saved["seconds"]
+        for part, kept in zip((bank.images, bank.labels, bank.sources), own["bank"], strict=True):
+            part[:len(bank)] = kept.to(part.device)
+        torch.set_rng_state(own["rng"][0])
+        if len(own["rng"]) > 1:
+            torch.cuda.set_rng_state(own["rng"][1])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"last.pt does not fit its settings: {first_line(error)}") from error
 
 
 def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
@@ -1338,10 +1401,14 @@ def open_run(out: Path, config: Config, cycle: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in () if cycle else ("last.pt", "student.pt", "summary.json", "samples.png"):
         (out / name).unlink(missing_ok=True)             # of a run that is overwritten
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    for leftover in out.glob("*.tmp"):                   # of a process that was killed
+        leftover.unlink()
     log = out / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True) if cycle and log.exists() else []
-    log.write_text("".join(lines[:cycle]))
+    for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=1)),
+                       ("metrics.jsonl", "".join(lines[:cycle]))):
+        (out / f"{name}.tmp").write_text(text)
+        os.replace(out / f"{name}.tmp", out / name)
 
 
 def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
@@ -1355,29 +1422,47 @@ def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) 
     torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
 
 
+@contextlib.contextmanager
+def stop_after_cycle(status: Status):
+    """Ctrl-C and SIGTERM fill the list that is yielded; the second one interrupts at once."""
+    asked: list[int] = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        status.line("stopping after this cycle; once more to stop now")
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if (
+        threading.current_thread() is threading.main_thread()) else ()
+    before = [(number, signal.signal(number, ask)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 class Status:
     """An updating line on a terminal; elsewhere a plain line, at most every ten seconds."""
 
     def __init__(self):
         self.terminal, self.last = sys.stdout.isatty(), -math.inf
-        self.quiet = rank() > 0
 
     def __call__(self, text: str) -> None:
-        if self.quiet:
-            return
         if self.terminal:
-            print(f"\r\033[K{text[:os.get_terminal_size().columns - 1]}", end="", flush=True)
+            self.line(text[:os.get_terminal_size().columns - 1], end="")
         elif time.monotonic() - self.last > 10:
             self.last = time.monotonic()
-            print(text, flush=True)
+            self.line(text)
 
-    def line(self, text: str) -> None:
-        """A line that stays."""
-        if not self.quiet:
-            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+    def line(self, text: str, end: str = "\n") -> None:
+        """A line that stays; process 0's only."""
+        if rank() == 0:
+            print(("\r\033[K" if self.terminal else "") + text, end=end, flush=True)
 
 
-# ===== 11. Benchmark: each step against its floor, in one run =====================================
+# ===== 12. Benchmark: each step against its floor, in one run =====================================
 
 def keep_freed_memory() -> None:
     """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
@@ -1390,7 +1475,7 @@ def keep_freed_memory() -> None:
 def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
     """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait = getattr(torch, device).synchronize
     for i in range(3 + repeats):                                         # three warm up
         for name, function in functions.items():
             wait()
@@ -1401,14 +1486,14 @@ def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> d
     return {name: float(np.median(t)) for name, t in times.items()}
 
 
-def bench_functions(teacher: nn.Module, student: nn.Module, config: Config,
-                    layout=torch.channels_last) -> dict[str, Callable]:
+def bench_functions(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None,
+                    layout: torch.memory_format) -> dict[str, Callable]:
     """The two steps of a run and their floors, bare passes over the same tensors, to be timed."""
     teacher, frozen, pupil = (copy.deepcopy(net).to(memory_format=layout)
                               for net in (teacher, student, student))
     set_training(frozen, False)
     set_training(pupil, True)
-    a, b = new_state(teacher, frozen, config), new_state(teacher, pupil, config)
+    a, b = (new_state(teacher, net, config, prior) for net in (frozen, pupil))
     a.generator.to(memory_format=layout)
     labels = torch.arange(config.synth_batch, device=a.bank.labels.device) % len(a.cend.embeddings)
     e_hat, sources = a.cend(labels)
@@ -1426,7 +1511,7 @@ def bench_functions(teacher: nn.Module, student: nn.Module, config: Config,
 
     def kd_step():
         images, labels, _ = b.bank.sample(config.batch_size)
-        with b.learner:
+        with b.learner.reading():
             student_step(b, teacher, b.learner, augment(images), labels, config)
 
     def synthesis_floor():
@@ -1447,17 +1532,25 @@ def bench_functions(teacher: nn.Module, student: nn.Module, config: Config,
             "synthesis round": lambda: synthesis_round(a, teacher, config)}
 
 
-def benchmark(teacher: nn.Module, student: nn.Module, config: Config) -> dict[str, float]:
-    """What a run costs, what each setting buys: numbers by name. Takes a minute on two cores."""
-    def variant(**changes) -> dict[str, Callable]:
-        return bench_functions(teacher, student, dataclasses.replace(config, **changes))
+def benchmark(config: Config, status: Status) -> None:
+    """--benchmark: what a run costs, what each setting buys; a table, and benchmark.json.
+
+    Names before a comma are the run as it is set, names with one are what follows the comma.
+    """
+    _, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+    teacher, prior = get_teacher(config, classes, status), read_prior(config.prior)
+    student = fresh_student(config, teacher, len(classes))
+
+    def variant(layout=torch.channels_last, **changes) -> dict[str, Callable]:
+        changed = dataclasses.replace(config, **changes)
+        return bench_functions(teacher, student, changed, prior, layout)
 
     run, other = variant(), "fp32" if config.precision == "bf16" else "bf16"
     steps, floors = ("KD step", "synthesis step"), ("KD floor", "synthesis floor")
     ms = side_by_side({f"{name}, default malloc": run[name] for name in steps}, config.device, 20)
     keep_freed_memory()                                  # `main` did not yet
-    rivals = {other: variant(precision=other), "contiguous memory": bench_functions(
-        teacher, student, config, torch.contiguous_format)}
+    rivals = {other: variant(precision=other),
+              "contiguous memory": variant(torch.contiguous_format)}
     timed = {name: run[name] for name in steps + floors}
     timed |= {f"{name}, {rival}": rivals[rival][name] for rival in rivals for name in floors}
     if config.compile:
@@ -1487,10 +1580,24 @@ def benchmark(teacher: nn.Module, student: nn.Module, config: Config) -> dict[st
         result["peak resident MB"] = peak / (1e6 if sys.platform == "darwin" else 1e3)
     if config.device == "cuda":
         result["peak CUDA MB"] = torch.cuda.max_memory_allocated() / 1e6
-    return result
+    where = (f"{config.teacher} -> {config.student}, {config.device} {config.precision}, "
+             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    status.line(f"| {where} | |\n|---|---|\n" + "\n".join(
+        f"| {name} | {value:.3g} |" for name, value in result.items()))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps({"where": where, **result}, indent=1))
 
 
-# ===== 12. Main ===================================================================================
+# ===== 13. Main ===================================================================================
+
+def load_train(config: Config, classes: list[str]) -> Dataset:
+    """The train split of config.dataset; UserError if its classes are not the test split's."""
+    train, names = load_data(config.dataset, "train", config.data_root, config.image_size)
+    if names != classes:
+        raise UserError(f"{config.dataset}: train/ and test/ have different classes")
+    return train
+
 
 def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module:
     """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
@@ -1503,16 +1610,13 @@ def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module
         return with_normalisation(net, *IMAGENET).eval().requires_grad_(False).to(config.device)
     if not (config.teacher_ckpt or path.exists()):
         status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
-        train, names = load_data(config.dataset, "train", config.data_root, config.image_size)
-        if names != classes:
-            raise UserError(f"{config.dataset}: train/ and test/ have different classes")
+        train = load_train(config, classes)
         if not mean:                                     # measured on some 2,000 images
             some = [train[i][0] for i in range(0, len(train), max(1, len(train) // 2000))]
             std, mean = torch.std_mean(torch.stack(some).float() / 255, (0, 2, 3))
         net = build_model(config.teacher, len(classes), config.image_size)
         model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
-        train_classifier(model, train, config.teacher_epochs, config.device, config.precision,
-                         status)
+        train_classifier(model, train, config, status)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_atomic(export(model, config.teacher, config.image_size), path)
     stored = read_checkpoint(str(path))
@@ -1538,7 +1642,10 @@ def read_prior(name: str) -> Tensor | None:
         return None
     try:
         array = np.load(name, allow_pickle=False) if name.endswith(".npy") else load_safely(name)
-        return torch.as_tensor(array).float()
+        prior = torch.as_tensor(array)
+        if not is_plain(prior):
+            raise ValueError
+        return prior.float()
     except (OSError, EOFError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"cannot read the prior {name!r}: it is neither teacher, index nor a "
                         f"(K, E) array in a .npy or .pt file") from error
@@ -1547,9 +1654,10 @@ def read_prior(name: str) -> Tensor | None:
 def evaluate_only(config: Config, status: Status) -> None:
     """--eval-only: accuracy and probe of a saved student.pt, which says what network it is."""
     stored, path = read_checkpoint(config.eval_only), config.eval_only
-    if not {"arch", "image_size"} <= stored.keys():
+    if not (stored.get("arch") in ARCHITECTURES and isinstance(stored.get("image_size"), int)):
         raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
     config.image_size = stored["image_size"]
+    check(config)
     test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
     model = load_teacher(stored["arch"], len(classes), path, image_size=config.image_size)
     logits, _, labels = predict(model.to(config.device), test, config.device)
@@ -1559,24 +1667,12 @@ def evaluate_only(config: Config, status: Status) -> None:
         status.line(f"linear probe on {config.probe_dataset}: {accuracy:.2f} %")
 
 
-def run_benchmark(config: Config, status: Status) -> None:
-    """--benchmark: prints a table and writes benchmark.json into the run directory."""
-    _, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    teacher = get_teacher(config, classes, status)
-    student = fresh_student(config, teacher, len(classes))
-    where = (f"{config.teacher} -> {config.student}, {config.device} {config.precision}, "
-             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    result = benchmark(teacher, student, config)
-    status.line(f"| {where} | |\n|---|---|\n" + "\n".join(
-        f"| {name} | {value:.3g} |" for name, value in result.items()))
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmark.json").write_text(json.dumps({"where": where, **result}, indent=1))
-
-
 def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | None]:
     """Guard the run directory -> (settings, saved state or None)."""
     last = Path(config.out) / "last.pt"
+    there = next(p for p in (last.parent, *last.parent.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"cannot write to {there}: take another --out")
     if not config.resume:
         if last.exists() and not config.overwrite:
             raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
@@ -1584,15 +1680,48 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
         return config, None
     if not last.exists():
         raise UserError(f"nothing to resume: there is no {last}")
-    saved = load_safely(last)
-    changed = {k for k in given - MAY_CHANGE_ON_RESUME if getattr(config, k) != saved["config"][k]}
-    if changed:
+    stored, saved = read_config(last.with_name("config.json")), load_safely(last)
+    fixed = {f.name for f in dataclasses.fields(Config)} - MAY_CHANGE_ON_RESUME
+    try:
+        same = all(saved["config"][k] == getattr(stored, k) for k in fixed)
+        processes = len(saved["processes"])
+    except (LookupError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{last} was not saved with the config.json beside it")
+    if changed := {k for k in given & fixed if getattr(config, k) != getattr(stored, k)}:
         raise UserError(f"a resumed run keeps its settings; this would change "
                         f"{', '.join(sorted(changed))}")
-    if len(saved["processes"]) != world():
-        raise UserError(f"{last} is of {len(saved['processes'])} processes, here are {world()}")
-    free = {k: getattr(config, k) for k in MAY_CHANGE_ON_RESUME & given}
-    return Config(**{**saved["config"], "device": config.device, **free}), saved
+    if processes != world():
+        raise UserError(f"{last} is of {processes} processes, here are {world()}")
+    free = {k: getattr(config, k) for k in (MAY_CHANGE_ON_RESUME & given) | {"device", "out"}}
+    return dataclasses.replace(stored, **free), saved
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a run's config.json, checked as those of the command line are."""
+    try:
+        stored = json.loads(path.read_text())
+        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"no settings of this program in {path}: {first_line(error)}") from error
+    check(config)
+    return config
+
+
+def first_state(config: Config, teacher: nn.Module, student: nn.Module, prior: Tensor | None,
+                saved: dict | None, real: Dataset | None) -> State:
+    """What `distill` begins with: a new state, the saved one, or one whose bank holds `real`."""
+    config.bank_capacity = len(real) if real else config.bank_capacity
+    state = new_state(teacher, student, config, prior)
+    if saved:
+        unpack_state(saved, state)
+        return state
+    for images, labels in DataLoader(real, batch_size=256) if real else ():
+        state.bank.push(*(part.to(config.device) for part in (images, labels, labels * 0)))
+    if rank():                                           # every process draws images of its own
+        torch.manual_seed(config.seed + 1_000_003 * rank())
+    return state
 
 
 def score(config: Config, teacher: nn.Module, student: nn.Module, t_logits: Tensor,
@@ -1616,43 +1745,40 @@ def score(config: Config, teacher: nn.Module, student: nn.Module, t_logits: Tens
 def run(config: Config, given: set[str]) -> None:
     """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
     status = Status()
-    config.precision = pick_precision(config.precision, config.device)
-    if config.device == "cuda":                          # TF32 for what bf16 leaves in float32
-        torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
-        torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
+    saved = None
+    if not (config.eval_only or config.benchmark):
+        config, saved = resume_or_start(config, given)
+    set_numerics(config)
+    share = share_of(config)
     if config.eval_only:
         return evaluate_only(config, status)
-    share_of(config)
     if config.benchmark:
-        return run_benchmark(config, status)
-    config, saved = resume_or_start(config, given)
-    share = share_of(config)
+        return benchmark(config, status)
+    if saved and (Path(config.out) / "summary.json").exists():
+        return status.line(f"{config.out} is finished; its results are in summary.json")
     for arch in (config.student, config.teacher):        # what is wrong fails before any work
         build_model(arch, 2)
     Generator(1, config.image_size, config.generator_width)
     prior = read_prior(config.prior)
     torch.manual_seed(config.seed)
-    with process_0_first():
-        test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-        probe = load_probe(config)
-        teacher = get_teacher(config, classes, status)
+    if rank() > 0:                                       # process 0 goes first, and
+        agreed(0)
+    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
+    probe = load_probe(config)
+    teacher = get_teacher(config, classes, status)
+    real = load_train(config, classes) if config.real_kd else None
+    if rank() == 0:                                      # the others find its downloads
+        agreed(0)
     start, lead = time.perf_counter(), rank() == 0
     t_logits, _, labels = predict(teacher, test, config.device)
-    status.line(f"teacher {config.teacher}: {top1(t_logits, labels):.2f} % on {len(test)} test "
-                f"images")
+    accuracy = top1(t_logits, labels)
+    status.line(f"teacher {config.teacher}: {accuracy:.2f} % on {len(test)} test images")
+    if accuracy < 5 + 100 / len(classes):
+        status.line("warning: this teacher knows next to nothing; are --mean, --std and the order "
+                    "of the classes its own?")
 
     student = fresh_student(config, teacher, len(classes))
-    real = config.real_kd and load_data(config.dataset, "train", config.data_root,
-                                        config.image_size)[0]
-    share.bank_capacity = len(real) if real else share.bank_capacity
-    state = new_state(teacher, student, share, prior)
-    if saved:
-        unpack_state(saved, state)
-    elif real:
-        for images, y in DataLoader(real, batch_size=256):
-            state.bank.push(images.to(config.device), y.to(config.device), torch.zeros_like(y))
-    if not (saved or lead):
-        torch.manual_seed(config.seed + 1_000_003 * rank())
+    state = first_state(share, teacher, student, prior, saved, real)
     out, save_at, resumed = Path(config.out), -math.inf, state.seconds
     if lead:
         open_run(out, config, state.cycle)
@@ -1667,7 +1793,7 @@ def run(config: Config, given: set[str]) -> None:
         packed = pack_state(state, config)
         if lead:
             save_atomic(packed, out / "last.pt")
-        save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)     # 2 % of the time
+        save_at = time.perf_counter() + SAVE_EVERY * (time.perf_counter() - begin)
 
     def on_cycle(state: State, metrics: dict) -> None:
         done = run_progress(state, config)
@@ -1681,18 +1807,22 @@ def run(config: Config, given: set[str]) -> None:
         if lead:
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        if agreed(time.perf_counter() > save_at):
+        stop = agreed(bool(asked))
+        if stop or agreed(time.perf_counter() > save_at):
             save()
+        if stop:
+            raise KeyboardInterrupt
 
-    distill(teacher, student, share, prior, state, on_cycle)
+    with stop_after_cycle(status) as asked:
+        distill(teacher, student, share, prior, state, on_cycle)
     save()
     if not lead:
         return
     save_samples(state.bank, len(classes), out / "samples.png")
     save_atomic(export(student, config.student, config.image_size), out / "student.pt")
     summary = score(config, teacher, student, t_logits, test, probe, status)
-    summary |= {"cycles": state.cycle, "images": state.bank.pushed * world(), "seed": config.seed,
-                "seconds": state.seconds,
+    summary |= {"cycles": state.cycle, "seconds": state.seconds, "seed": config.seed,
+                "images": 0 if real else state.bank.pushed * world(),
                 "seconds_around": time.perf_counter() - start - state.seconds + resumed,
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
     status.line(f"{summary['images']:,} images made; synthesis and distillation took "
@@ -1711,6 +1841,13 @@ def main(argv: list[str] | None = None) -> int:
             run(config, given)
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "t allocate memory" in str(error) or "not enough memory" in str(error)):
+            raise
+        print(f"error: not enough memory; lower a batch size, --bank-capacity or --generator-width "
+              f"({first_line(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         saved = config and Path(config.out, "last.pt").exists()

@@ -5,6 +5,7 @@ CAE_DFKD_DATA) and skip, saying so, where it is absent.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,9 +14,12 @@ import math
 import os
 import pickle
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -809,47 +814,6 @@ def test_resume_is_exact(workdir, monkeypatch, capsys):
     assert len(Path("runs/cut/metrics.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(
-    "args, culprit",
-    [
-        (["--teacher", "resnet999"], "resnet999"),
-        (["--student", "vit"], "vit"),
-        (["--teacher-ckpt", "absent.pth"], "absent.pth"),
-        (["--dataset", "nowhere"], "nowhere"),
-        (["--dataset", "empty"], "empty"),
-        (["--prior", "absent.npy"], "absent.npy"),
-        (["--prior", "wrong.npy"], "(3, 7)"),
-        (["--teacher-ckpt", "hundred.pth"], "(100, 64)"),
-        (["--teacher-ckpt", "text.pth"], "text.pth"),
-        (["--resume", "--out", "runs/none"], "runs/none"),
-        (["--eval-only", "absent.pt"], "absent.pt"),
-        (["--image-size", "33"], "33"),
-        (["--kd-steps", "0"], "--kd-steps"),
-        (["--student-lr", "nan"], "--student-lr"),
-        (["--lambda-fm", "-1"], "--lambda-fm"),
-        (["--probe-dataset", "nowhere"], "nowhere"),
-        (["--no-cend", "--no-decoupled"], "--no-cend"),
-        (["--real-kd", "--no-decoupled"], "--real-kd"),
-        (["--dataset", "differ"], "different classes"),
-    ],
-)
-def test_wrong_input_is_one_line_and_code_2(args, culprit, workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    Path("empty/train").mkdir(parents=True, exist_ok=True)
-    Path("empty/test").mkdir(exist_ok=True)
-    for place in ("train/a", "train/b", "test/a", "test/c"):
-        Path("differ", place).mkdir(parents=True, exist_ok=True)
-        C.torchvision.utils.save_image(torch.rand(3, 8, 8), Path("differ", place, "x.png"))
-    np.save("wrong.npy", np.zeros((3, 7), dtype=np.float32))
-    torch.save(C.build_model("resnet8", 100).state_dict(), "hundred.pth")
-    Path("text.pth").write_text("not a checkpoint")
-    before = {p.name for p in Path("runs").iterdir()}
-    assert C.main([*FAST, "--out", "runs/bad", *args]) == 2
-    error = capsys.readouterr().err
-    assert culprit in error and len(error.strip().splitlines()) == 1 and error.startswith("error: ")
-    assert {p.name for p in Path("runs").iterdir()} == before
-
-
 def test_download_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
@@ -932,7 +896,7 @@ def test_floors_and_steps_use_the_same_tensors(monkeypatch):
 
     for net in (teacher, student):
         net.net.conv1.register_forward_hook(spy)
-    functions = C.bench_functions(teacher, student, config)
+    functions = C.bench_functions(teacher, student, config, None, torch.channels_last)
     for name in ("KD", "synthesis"):
         looks = []
         for kind in ("step", "floor"):
@@ -1048,6 +1012,391 @@ def test_batches_that_cannot_be_spread_are_refused(args, culprit, workdir, monke
     monkeypatch.setattr(C, "world", lambda: 2)
     assert C.main([*FAST, "--out", "runs/odd", *args]) == 2
     assert culprit in capsys.readouterr().err and not Path("runs/odd").exists()
+
+
+# --- hard to break -----------------------------------------------------------------------------------
+
+
+def save_image(path, *size, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode).save(path)
+
+
+@pytest.fixture(scope="module")
+def oddities(workdir):
+    """Wrong and odd files beside the trained teacher."""
+    for split, names in {"train": "ab", "test": "ac"}.items():
+        for name in names:
+            save_image(workdir / "differ" / split / name / "x.png", 8, 8)
+        save_image(workdir / "lonely" / split / "a" / "x.png", 8, 8)
+        (workdir / "empty" / split).mkdir(parents=True)
+        for name in "ab":
+            save_image(workdir / "torn" / split / name / "x.png", 64, 64)
+            save_image(workdir / "vast" / split / name / "x.png", 8, 8)
+            (workdir / "text" / split / name).mkdir(parents=True)
+            (workdir / "text" / split / name / "x.png").write_text("no image")
+    torn = workdir / "torn/test/b/x.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    Image.new("1", (30_000, 30_000)).save(workdir / "vast/test/b/x.png")
+    np.save(workdir / "wrong.npy", np.zeros((3, 7), dtype=np.float32))
+    np.save(workdir / "nan.npy", np.full((10, 7), np.nan, dtype=np.float32))
+    np.save(workdir / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    net = C.build_model("resnet8", 10).state_dict()
+    torch.save(C.build_model("resnet8", 100).state_dict(), workdir / "hundred.pth")
+    torch.save({**net, "fc.bias": torch.full((10,), math.nan)}, workdir / "nan.pth")
+    torch.save({**net, "fc.bias": torch.tensor(1.0)}, workdir / "scalar.pth")
+    torch.save({**net, "fc.weight": torch.zeros(1).expand(10, 64)}, workdir / "expanded.pth")
+    torch.save({**net, "fc.weight": torch.zeros(10, 64).to_sparse()}, workdir / "sparse.pth")
+    torch.save({**net, "fc.weight": torch.zeros(10, 64, dtype=torch.complex64)}, workdir / "complex.pth")
+    torch.save({"state_dict": net, "mean": "0.5", "std": [1.0] * 3}, workdir / "mean.pth")
+    torch.save({"state_dict": net, "mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}, workdir / "std.pth")
+    torch.save({"state_dict": net, "arch": "resnet8", "image_size": 10**9}, workdir / "huge.pt")
+    torch.save({"state_dict": net, "arch": ["resnet8"], "image_size": 32}, workdir / "arch.pt")
+    torch.save(net, workdir / "fine.pth")
+    torch.save([1, 2], workdir / "list.pth")
+    torch.save(torch.zeros(1).expand(10, 10**9), workdir / "vast.pt")
+    with zipfile.ZipFile(workdir / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    (workdir / "text.pth").write_text("not a checkpoint")
+    (workdir / "file").write_text("in the way")
+    for name, change in {"path": ("dataset", "/elsewhere"), "type": ("kd_steps", "many"), "key": ("colour", 1)}.items():
+        shutil.copytree(workdir / "runs/a", workdir / f"tampered/{name}")
+        config = json.loads((workdir / "runs/a/config.json").read_text()) | dict([change])
+        (workdir / f"tampered/{name}/config.json").write_text(json.dumps(config))
+    for name, change in {"bank": {"processes": [{}]}, "learner": {"learner": {}}, "list": None}.items():
+        shutil.copytree(workdir / "runs/a", workdir / f"tampered/{name}")
+        saved = torch.load(workdir / "runs/a/last.pt", weights_only=True)
+        torch.save([1] if change is None else saved | change, workdir / f"tampered/{name}/last.pt")
+        (workdir / f"tampered/{name}/summary.json").unlink()
+    return workdir
+
+
+NUMBERS = [f for f in dataclasses.fields(C.Config) if f.type in ("int", "float", "float | None")]
+OUT_OF_RANGE = [
+    (["--" + f.name.replace("_", "-"), value], "--" + f.name.replace("_", "-"))
+    for f in NUMBERS
+    for value in ("-1", "1e400" if "float" in f.type else "1" + "0" * 30, *(["nan"] if "float" in f.type else []))
+]
+WRONG = [
+    (["--teacher", "resnet999"], "resnet999"),
+    (["--student", "vit"], "vit"),
+    (["--teacher-ckpt", "absent.pth"], "absent.pth"),
+    (["--teacher-ckpt", "hundred.pth"], "(100, 64)"),
+    (["--teacher-ckpt", "text.pth"], "text.pth"),
+    (["--teacher-ckpt", "list.pth"], "list.pth"),
+    (["--teacher-ckpt", "nan.pth"], "fc.bias is not finite"),
+    (["--teacher-ckpt", "scalar.pth"], "fc.bias"),
+    (["--teacher-ckpt", "expanded.pth"], "plain tensors"),
+    (["--teacher-ckpt", "sparse.pth"], "plain tensors"),
+    (["--teacher-ckpt", "complex.pth"], "plain tensors"),
+    (["--teacher-ckpt", "mean.pth"], "mean should be three numbers"),
+    (["--teacher-ckpt", "std.pth"], "std should be three numbers"),
+    (["--teacher-ckpt", "bomb.pth"], "expand to 10,000,000 bytes"),
+    (["--teacher-ckpt", "differ"], "differ"),
+    (["--teacher-ckpt", "fine.pth", "--teacher", "resnet20"], "is no resnet20"),
+    (["--mean", "nan", "0", "0"], "--mean"),
+    (["--std", "1", "0", "1"], "--std"),
+    (["--magnitudes", "1", "-1"], "--magnitudes"),
+    (["--dataset", "nowhere"], "nowhere"),
+    (["--dataset", "empty"], "empty"),
+    (["--dataset", "differ"], "different classes"),
+    (["--dataset", "lonely"], "one class only"),
+    (["--dataset", "torn"], "torn/test/b/x.png"),
+    (["--dataset", "vast"], "vast/test/b/x.png"),
+    (["--dataset", "text"], "text/test/a/x.png"),
+    (["--probe-dataset", "nowhere"], "nowhere"),
+    (["--probe-dataset", "torn"], "torn/test/b/x.png"),
+    (["--prior", "absent.npy"], "absent.npy"),
+    (["--prior", "wrong.npy"], "(3, 7)"),
+    (["--prior", "nan.npy"], "finite"),
+    (["--prior", "objects.npy"], "objects.npy"),
+    (["--prior", "list.pth"], "the prior is (2,)"),
+    (["--prior", "vast.pt"], "vast.pt"),
+    (["--prior", "text.pth"], "text.pth"),
+    (["--eval-only", "absent.pt"], "absent.pt"),
+    (["--eval-only", "fine.pth"], "architecture"),
+    (["--eval-only", "huge.pt"], "--image-size 1000000000"),
+    (["--eval-only", "arch.pt"], "architecture"),
+    (["--image-size", "33"], "33"),
+    (["--no-cend", "--no-decoupled"], "--no-cend"),
+    (["--real-kd", "--no-decoupled"], "--real-kd"),
+    (["--bank-capacity", "900000000"], "memory"),
+    (["--device", "cuda"], "--device cuda"),
+    (["--out", "file/run"], "file"),
+    (["--out", "runs/a"], "runs/a holds a run"),
+    (["--resume", "--out", "runs/none"], "runs/none"),
+    (["--resume", "--out", "runs/a", "--kd-steps", "9"], "kd_steps"),
+    (["--resume", "--out", "tampered/path"], "not saved with the config.json beside it"),
+    (["--resume", "--out", "tampered/type"], "--kd-steps 'many'"),
+    (["--resume", "--out", "tampered/key"], "colour"),
+    (["--resume", "--out", "tampered/bank"], "does not fit"),
+    (["--resume", "--out", "tampered/learner"], "does not fit"),
+    (["--resume", "--out", "tampered/list"], "last.pt"),
+]
+
+
+def tree(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Validating sparse")
+@pytest.mark.parametrize("args, culprit", WRONG + OUT_OF_RANGE, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_wrong_input_is_one_line_and_code_2(args, culprit, oddities, monkeypatch, capsys):
+    monkeypatch.chdir(oddities)
+    before = tree("."), sorted(Path("runs").iterdir())
+    fast = [] if "--resume" in args else FAST
+    assert C.main([*fast, "--out", "runs/bad", *args]) == 2
+    error = capsys.readouterr().err
+    assert culprit in error and len(error.strip().splitlines()) == 1 and error.startswith("error: ")
+    assert (tree("."), sorted(Path("runs").iterdir())) == before
+
+
+def test_odd_but_right_images_are_read(tmp_path):
+    for i, (mode, size) in enumerate({"L": (9, 40), "RGBA": (40, 9), "P": (1, 1), "1": (64, 64), "RGB": (5, 300)}.items()):
+        for name in "ab":
+            save_image(tmp_path / "test" / name / f"{i}.png", *size, mode=mode)
+    data, names = C.load_data(str(tmp_path), "test")
+    images, labels = data.tensors
+    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8 and names == ["a", "b"]
+    assert labels.tolist() == [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double", "transposed", "shared"])
+def test_odd_but_right_checkpoints_are_read(kind, tmp_path):
+    torch.manual_seed(0)
+    state = C.build_model("resnet8", 4).state_dict()
+    if kind == "transposed":
+        state["fc.weight"] = state["fc.weight"].T.contiguous().T
+    elif kind == "shared":
+        whole = torch.randn(2, 16)
+        state["bn1.weight"], state["bn1.bias"] = whole[0], whole[1]
+    else:
+        state = {k: getattr(v, kind)() if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(state, tmp_path / "net.pth")
+    loaded = C.load_teacher("resnet8", 4, str(tmp_path / "net.pth")).net.state_dict()
+    assert all(torch.equal(v, state[k].to(v.dtype)) for k, v in loaded.items())
+
+
+def test_weak_teacher_and_missing_batchnorm_are_warned_of(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    torch.save(C.build_model("resnet8", 10).state_dict(), "weak.pth")
+    assert C.main([*FAST, "--teacher-ckpt", "weak.pth", "--out", "runs/weak"]) == 0
+    assert capsys.readouterr().out.count("warning: this teacher knows next to nothing") == 1
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="no BatchNorm: feature matching is off"):
+        C.distill(bare, build_pair()[1], C.Config(**TINY))
+    with pytest.raises(C.UserError, match="one object"):
+        C.distill(bare, bare, C.Config(**TINY))
+
+
+def test_more_classes_than_a_batch(tmp_path):
+    torch.manual_seed(0)
+    teacher, student = C.build_model("resnet8", 30), C.build_model("resnet8", 30)
+    C.distill(teacher, student, C.Config(**{**TINY, "synth_batch": 8, "batch_size": 8}))
+    assert all(v.isfinite().all() for v in student.state_dict().values())
+
+
+@pytest.mark.parametrize("function, phase", [("category_consistency_loss", "ce"), ("kd_loss", "kd")])
+def test_a_loss_that_breaks_keeps_the_last_good_state(function, phase, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    real, calls = getattr(C, function), []
+
+    def breaks(*args):
+        calls.append(0)
+        return real(*args) * (math.nan if len(calls) > {"ce": 6, "kd": 4}[phase] else 1)
+
+    monkeypatch.setattr(C, function, breaks)
+    out = f"runs/broken-{phase}"
+    assert C.main([*FAST, "--cycles", "5", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert f"in cycle 3: {phase}" in error and len(error.splitlines()) == 1
+    saved = torch.load(Path(out, "last.pt"), weights_only=True)
+    assert 1 <= saved["cycle"] <= 2 and all(v.isfinite().all() for v in saved["learner"].values())
+
+
+def test_full_disk_keeps_what_was_saved(workdir, tmp_path, monkeypatch, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        monkeypatch.chdir(workdir)
+        real = C.save_atomic
+
+        def then_fill(thing, path):
+            real(thing, path)
+            if not (disk / "fill").exists():
+                with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
+                    while file.write(bytes(4096)):
+                        pass
+
+        monkeypatch.setattr(C, "save_atomic", then_fill)
+        assert C.main([*FAST, "--out", str(disk / "run")]) == 2
+        error = capsys.readouterr().err
+        assert "is the disk full?" in error and len(error.splitlines()) == 1
+        assert torch.load(disk / "run/last.pt", weights_only=True)["cycle"] == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+EXTREME = {
+    "huge": lambda n, k: torch.randn(n, k) * 1e4,
+    "equal rows": lambda n, k: torch.randn(1, k).expand(n, k),
+    "zero": lambda n, k: torch.zeros(n, k),
+    "one hot, hard": lambda n, k: 2e4 * F.one_hot(torch.arange(n) % k, k).float() - 1e4,
+    "tiny": lambda n, k: torch.randn(n, k) * 1e-20,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", EXTREME)
+def test_losses_in_extreme_places(kind, dtype):
+    """Finite values and gradients, the documented ranges, no matter in which order the batch comes."""
+    tau = 4.0
+    for seed, (n, k) in enumerate([(1, 2), (2, 2), (7, 3), (16, 10), (5, 100)]):
+        torch.manual_seed(seed)
+        s, t = (EXTREME[kind](n, k).to(dtype) for _ in range(2))
+        labels, e, order = torch.randint(k, (n,)), torch.randn(k, k), torch.randperm(n)
+        for loss, low, high in (
+            (lambda x, i: C.category_consistency_loss(x[i], labels[i]), 0, math.inf),
+            (lambda x, i: C.kd_loss(x[i], t[i], tau), 0, math.inf),
+            (lambda x, i: C.kd_loss(t[i], x[i], tau), 0, math.inf),
+            (lambda x, i: C.adversarial_loss(x[i], t[i]), -math.inf, 0),
+            (lambda x, i: C.category_aware_embedding_loss(x[i], labels[i], e), 0, math.inf),
+            (lambda x, i: C.contrastive_loss(x[i], labels[i]), 0, math.inf),
+        ):
+            x = s.clone().requires_grad_()
+            value = loss(x, torch.arange(n))
+            value.backward()
+            slack = 1e-3 * max(1.0, s.abs().max().item()) * (tau if low == 0 else 1)
+            assert value.isfinite() and x.grad.isfinite().all()
+            assert low - slack * 1e-3 <= value.item() <= high + slack * 1e-3
+            torch.testing.assert_close(loss(s, order), value.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_cosine_losses_do_not_see_the_scale():
+    torch.manual_seed(0)
+    z, e, labels = torch.randn(12, 6), torch.randn(4, 6), torch.arange(12) % 4
+    for scale in (1e-3, 1.0, 1e3):
+        torch.testing.assert_close(C.contrastive_loss(z * scale, labels), C.contrastive_loss(z, labels))
+        torch.testing.assert_close(
+            C.category_aware_embedding_loss(z * scale, labels, e / scale), C.category_aware_embedding_loss(z, labels, e)
+        )
+
+
+def weights(out):
+    return torch.load(Path(out, "student.pt"), weights_only=True)["state_dict"]
+
+
+def equal_weights(*outs):
+    first, *others = map(weights, outs)
+    return all(torch.equal(v, other[k]) for other in others for k, v in first.items())
+
+
+def test_evaluation_leaves_no_trace_in_the_student(workdir, monkeypatch):
+    """Other test images, other reports, another probe or none: the same student, bit for bit."""
+    monkeypatch.chdir(workdir)
+    base = [*FAST, "--teacher-ckpt", "checkpoints/shapes_resnet8.pth", "--precision", "fp32"]
+    for split in ("train", "test"):
+        for name in list(C.SHAPES)[:10]:
+            save_image(workdir / "other" / split / name / "x.png", 16, 16)
+    runs = {
+        "runs/e0": [],
+        "runs/e1": ["--eval-every", "1", "--probe-dataset", "shapes"],
+        "runs/e2": ["--dataset", "other", "--preset", "shapes", "--overwrite", "--deterministic"],
+    }
+    for out, args in runs.items():
+        assert C.main([*base, "--out", out, *args]) == 0
+    assert equal_weights(*runs)
+
+
+def test_a_finished_run_is_left_alone(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    before = tree("runs/a")
+    assert C.main(["--resume", "--out", "runs/a"]) == 0
+    assert "is finished" in capsys.readouterr().out and tree("runs/a") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, workdir):
+    out = f"runs/signal{int(number)}"
+    command = [sys.executable, str(HERE / "cae_dfkd.py"), *FAST, "--cycles", "100000", "--out", out]
+    run = subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (workdir / out / "last.pt").exists():
+        assert run.poll() is None
+        C.time.sleep(0.05)
+    (workdir / out / "last.pt.tmp").write_text("half a checkpoint")
+    C.time.sleep(0.5)
+    run.send_signal(number)
+    stdout, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130 and f"--resume --out {out}" in stderr and "stopping after this cycle" in stdout
+    saved = torch.load(workdir / out / "last.pt", weights_only=True)
+    lines = (workdir / out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == saved["cycle"] > 1
+
+
+slow = pytest.mark.skipif("CAE_DFKD_SLOW" not in os.environ, reason="minutes; CAE_DFKD_SLOW=1 runs it, as .ci/run does")
+
+
+@slow
+def test_twenty_kills_change_nothing(workdir):
+    """kill -9 at random moments, checkpoint writes among them; the student is that of the unbroken run."""
+    args = [*FAST, "--cycles", "60", "--precision", "fp32"]
+    assert cli(*args, "--out", "runs/unbroken", cwd=workdir).returncode == 0
+    moments, kills, out = np.random.default_rng(0), 0, workdir / "runs/killed"
+    command = [sys.executable, "-c", KILLED, *args, "--out", "runs/killed"]
+    while True:
+        run = subprocess.Popen(command, cwd=workdir, env={**os.environ, "PYTHONPATH": str(HERE)}, stderr=subprocess.PIPE)
+        try:
+            done = run.wait(moments.uniform(2.5, 6.0) if kills < 20 else 170)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            kills += 1
+        else:
+            assert done == 0, run.stderr.read().decode()
+            break
+        if (out / "last.pt").exists():
+            torch.load(out / "last.pt", weights_only=True)  # never a half
+            command = [*command[:3], "--resume", "--out", "runs/killed"]
+        else:
+            command = [*command[:3], *args, "--out", "runs/killed"]
+    assert kills >= 10
+    assert equal_weights(workdir / "runs/unbroken", out)
+    lines = [json.loads(line)["cycle"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 61)) and not list(out.glob("*.tmp"))
+
+
+# A run whose every cycle ends with a checkpoint that takes its time: most kills fall into the writing.
+KILLED = """
+import sys, cae_dfkd as C
+real, C.SAVE_EVERY = C.torch.save, 0
+def slow(thing, path):
+    path.write_bytes(b"half")
+    C.time.sleep(0.3)
+    real(thing, path)
+C.torch.save = slow
+sys.exit(C.main())
+"""
+
+
+@slow
+def test_soak():
+    """2,000 cycles: memory flat within 5 %, no file left open."""
+    teacher, student = build_pair()
+    seen = []
+
+    def watch(state, metrics):
+        if state.cycle % 100 == 0:
+            status = Path("/proc/self/status").read_text()
+            seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir("/proc/self/fd"))))
+
+    C.distill(teacher, student, C.Config(**{**TINY, "cycles": 2000, "kd_steps": 1, "synth_steps": 1}), on_cycle=watch)
+    memory, files = zip(*seen)
+    assert len(seen) == 20 and max(memory[2:]) <= 1.05 * memory[2] and len(set(files)) == 1
 
 
 # --- real data ---------------------------------------------------------------------------------------
