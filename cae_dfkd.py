@@ -254,6 +254,14 @@ def set_numerics(config: Config) -> None:
     torch.use_deterministic_algorithms(config.deterministic)
 
 
+def keep_freed_memory() -> None:
+    """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)                                                   # M_MMAP_MAX
+        mallopt(-1, 2 ** 31 - 1)                                         # M_TRIM_THRESHOLD
+
+
 # ===== 2. Data: only to train a missing teacher and to evaluate; `distill` sees none of it ========
 
 # Shapes in local coordinates: u right, v down, r radius, m = max(|u|, |v|). The first ten make up
@@ -979,10 +987,10 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     adam = torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
     bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
     cend = CEND(e, config.magnitudes).to(rows.device)
-    if config.lambda_fm and not FeatureMatching(teacher).layers:
-        warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
     matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity(),
                                Average.apply if world() > 1 else None)
+    if config.lambda_fm and not matching.layers:
+        warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
     return State(student, generator, cend, learner, matching, bank, adam, sgd)
 
 
@@ -1464,14 +1472,6 @@ class Status:
 
 # ===== 12. Benchmark: each step against its floor, in one run =====================================
 
-def keep_freed_memory() -> None:
-    """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                                   # M_MMAP_MAX
-        mallopt(-1, 2 ** 31 - 1)                                         # M_TRIM_THRESHOLD
-
-
 def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
     """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -1646,7 +1646,7 @@ def read_prior(name: str) -> Tensor | None:
         if not is_plain(prior):
             raise ValueError
         return prior.float()
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"cannot read the prior {name!r}: it is neither teacher, index nor a "
                         f"(K, E) array in a .npy or .pt file") from error
 

@@ -6,6 +6,7 @@ CAE_DFKD_DATA) and skip, saying so, where it is absent.
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -662,6 +663,32 @@ def test_a_budget_below_a_cycle_is_kept(pair, clock):
     assert len(seen) == 1 and 12 <= seen[0][0] <= 15 and 20 < seen[0][1] < 200
 
 
+def test_a_resumed_budget_has_the_time_that_was_left(clock):
+    class Cut(Exception):
+        pass
+
+    def run(pair, state, stop_at=None):
+        def on_cycle(state, metrics):
+            rates.append(metrics["lr"])
+            kept.update(C.pack_state(state, config))
+            if state.cycle == stop_at:
+                raise Cut
+
+        with contextlib.suppress(Cut):
+            C.distill(*pair, config, state=state, on_cycle=on_cycle)
+
+    config, kept = C.Config(**{**TINY, "minutes": 0.5, "device": "cpu"}), {}
+    rates = whole = []
+    run(build_pair(), None)
+    rates = []
+    run(build_pair(), None, stop_at=3)
+    pair = build_pair()
+    state = C.new_state(*pair, config)
+    C.unpack_state(copy.deepcopy(kept), state)
+    run(pair, state)
+    assert rates == whole and len(whole) > 5
+
+
 # --- evaluation --------------------------------------------------------------------------------------
 
 
@@ -1040,6 +1067,8 @@ def oddities(workdir):
     Image.new("1", (30_000, 30_000)).save(workdir / "vast/test/b/x.png")
     np.save(workdir / "wrong.npy", np.zeros((3, 7), dtype=np.float32))
     np.save(workdir / "nan.npy", np.full((10, 7), np.nan, dtype=np.float32))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10, 10000000000000), }\n"
+    (workdir / "vast.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     np.save(workdir / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     net = C.build_model("resnet8", 10).state_dict()
     torch.save(C.build_model("resnet8", 100).state_dict(), workdir / "hundred.pth")
@@ -1112,6 +1141,7 @@ WRONG = [
     (["--prior", "objects.npy"], "objects.npy"),
     (["--prior", "list.pth"], "the prior is (2,)"),
     (["--prior", "vast.pt"], "vast.pt"),
+    (["--prior", "vast.npy"], "vast.npy"),
     (["--prior", "text.pth"], "text.pth"),
     (["--eval-only", "absent.pt"], "absent.pt"),
     (["--eval-only", "fine.pth"], "architecture"),
