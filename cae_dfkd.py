@@ -137,7 +137,7 @@ class Config:
     generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy",
                                range=(8, 4096))
     decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
-    synth_batch: int = opt(128, "synthesis", "images of a round")
+    synth_batch: int = opt(128, "synthesis", "images of a round", range=(2, 1e9))
     synth_steps: int = opt(12, "synthesis", "generator steps of a round")
     generator_lr: float = opt(4e-3, "synthesis", "Adam step of the generator")
     lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")
@@ -147,8 +147,8 @@ class Config:
                              range=(0, 1e9))
 
     kd_steps: int = opt(40, "distillation", "student steps of a cycle")
-    batch_size: int = opt(128, "distillation", "images of a student step")
-    student_lr: float = opt(0.1, "distillation", "SGD step of the student, annealed by a cosine")
+    batch_size: int = opt(128, "distillation", "images of a student step", range=(2, 1e9))
+    student_lr: float = opt(0.2, "distillation", "SGD step of the student, annealed by a cosine")
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student", range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
     real_kd: bool = opt(False, "distillation", "an upper bound for comparison, not data-free: the "
@@ -163,9 +163,10 @@ class Config:
 PRESETS: dict[str, dict] = {
     "cpu": {},
     # Runs of 100 s gave 65 to 85 % with the adversarial term, 81 to 84 % without it.
-    "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0),
+    "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0,
+                   student_lr=0.1),
     "gpu": dict(generator_width=128, synth_batch=400, synth_steps=30, batch_size=512, kd_steps=400,
-                student_lr=0.2, bank_capacity=100_000, teacher_epochs=200, eval_every=5),
+                bank_capacity=100_000, teacher_epochs=200, eval_every=5),
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
@@ -173,10 +174,17 @@ MAY_CHANGE_ON_RESUME = {"resume", "out", "device", "data_root", "overwrite", "ev
                         "probe_dataset"}
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Wrong flags end like all wrong input, without a page of usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
 def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
     """Command line -> (settings, names of those given). Needs no network, data or device."""
-    parser = argparse.ArgumentParser(description="CAE-DFKD: data-free knowledge distillation.",
-                                     argument_default=argparse.SUPPRESS)
+    parser = OneLineParser(description="CAE-DFKD: data-free knowledge distillation.",
+                           argument_default=argparse.SUPPRESS)
     groups = {name: parser.add_argument_group(name) for name in (
         "run", "networks", "synthesis", "distillation")}
     for f in dataclasses.fields(Config):                 # f.type is the annotation's text
