@@ -56,7 +56,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -221,7 +220,9 @@ def check(config: Config) -> None:
             continue
         kind, flag = f.type.split("[")[0].split(" ")[0], "--" + f.name.replace("_", "-")
         kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple": tuple}[kind]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kind != "bool"):
+        length = {3: (3,), "+": range(1, 65)}.get(f.metadata.get("nargs"))
+        if (not isinstance(value, kinds) or isinstance(value, bool) and kind != "bool"
+                or value == "" or length and len(value) not in length):
             raise UserError(f"{flag} {value!r} should be a {kind}")
         if value not in f.metadata.get("choices", [value]):
             raise UserError(f"{flag} {value!r} should be one of {f.metadata['choices']}")
@@ -339,7 +340,7 @@ def dataset_name(dataset: str) -> str:
     if dataset in (*BUILT_IN, "shapes", "shapes-unseen"):
         return dataset
     place = Path(dataset).resolve()
-    return f"{place.name}-{zlib.crc32(str(place).encode()):08x}"
+    return f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"
 
 
 def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, list[str]]:
@@ -371,7 +372,9 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
         if len(data) * 3 * size * size <= 2 << 30:
             batches = list(DataLoader(data, batch_size=256))
             data = TensorDataset(*(torch.cat(part) for part in zip(*batches)))
-    except (OSError, RuntimeError, ImportError) as error:    # torchvision reads svhn with scipy
+    except (OSError, RuntimeError, ImportError) as error:
+        if isinstance(error, ImportError):
+            help_line = "torchvision reads svhn with scipy: pip install scipy"
         raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
                         f"{help_line}") from error
     if len(classes) < 2:
@@ -383,6 +386,8 @@ def read_image(path: str) -> Image.Image:
     """An image file of any kind as RGB; a broken one is named."""
     try:
         with Image.open(path) as image:
+            if max(image.size) > 100 * min(image.size):  # would be resized to a huge one
+                raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {first_line(error)}; remove or replace it"
@@ -564,6 +569,8 @@ def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
 
 def load_safely(path: str | Path):
     """torch.load of tensors and plain types only: nothing in the file is ever executed."""
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
     try:
         if zipfile.is_zipfile(path):                     # torch stores tensors as they are
             with zipfile.ZipFile(path) as archive:
@@ -571,14 +578,11 @@ def load_safely(path: str | Path):
             if size > 2 * os.path.getsize(path):
                 raise UserError(f"{path} would expand to {size:,} bytes; save it anew")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
     except UserError:
         raise
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no file of plain tensors; if it is a pickled module, save its "
-                        f"state_dict() instead") from error
+    except Exception as error:                           # whatever a broken or hostile file raises
+        raise UserError(f"{path} is damaged, or no file of plain tensors; of a pickled module save "
+                        f"the state_dict()") from error
 
 
 def read_checkpoint(path: str) -> dict:
@@ -591,12 +595,12 @@ def read_checkpoint(path: str) -> dict:
             and all(isinstance(k, str) and is_plain(v) for k, v in state.items())):
         raise UserError(f"{path} holds no state dict of plain tensors")
     for key, value in state.items():
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():
             raise UserError(f"{path}: {key} is not finite; this network is broken")
     for key in ("mean", "std"):
         row = stored.get(key, (1.0,) * 3)
         if not (isinstance(row, (list, tuple)) and len(row) == 3 and all(
-                isinstance(v, (int, float)) and math.isfinite(v) and (v > 0 or key == "mean")
+                isinstance(v, (int, float)) and -1e3 <= v <= 1e3 and (v > 1e-6 or key == "mean")
                 for v in row)):
             raise UserError(f"{path}: its {key} should be three numbers")
     return stored
@@ -981,10 +985,12 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
         raise UserError(f"pass the embeddings of --prior {config.prior} as `prior`")
     if prior is None:
         prior = torch.eye(len(rows)) if config.prior == "index" else rows
-    if prior.ndim != 2 or len(prior) != len(rows) or not prior.isfinite().all():
-        raise UserError(f"the prior is {tuple(prior.shape)}; it must be finite and "
+    prior = prior.detach().float().to(rows.device)
+    if prior.ndim != 2 or len(prior) != len(rows) or not (
+            0 < (prior - prior.mean(0)).square().sum() < math.inf):
+        raise UserError(f"the prior is {tuple(prior.shape)}; it must be finite, not all alike and "
                         f"({len(rows)}, E), a row for each category of the teacher")
-    e = category_prior(prior.to(rows.device))
+    e = category_prior(prior)
     generator = Generator(e.shape[1], config.image_size, config.generator_width)
     generator.to(rows.device, memory_format=torch.channels_last)
     learner = Learner(student, e.shape[1]).to(rows.device)
@@ -1192,7 +1198,8 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
             metrics |= to_numbers(coupled_phase(state, teacher, config))
         end = time.perf_counter()
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"not finite in cycle {state.cycle + 1}: {', '.join(broken)}")
+            raise FloatingPointError(f"not finite in cycle {state.cycle + 1}: {', '.join(broken)}; "
+                                     f"lower --student-lr or --generator-lr")
         state.cycle, state.seconds = state.cycle + 1, state.seconds + agreed(end - start)
         metrics |= {"seconds_synthesis": middle - start, "seconds_distillation": end - middle,
                     "seconds": state.seconds, "images": state.bank.pushed * world()}
@@ -1326,16 +1333,17 @@ def agreed(number: float) -> float:
 @contextlib.contextmanager
 def process_group(config: Config):
     """Join what torchrun started, and leave it; nothing where there is one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if config.device == "mps" or config.device == "cuda" and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} finds no {config.device} device of its own; start fewer")
-    if config.device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if config.device == "cuda" else "gloo",
-                            timeout=timedelta(days=1))   # process 0 may train a teacher first
+    try:
+        if config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if config.device == "cuda" else "gloo",
+                                timeout=timedelta(days=1))   # process 0 may train a teacher first
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes ({first_line(error)}): start them with "
+                        f"torchrun, one for each device, or unset WORLD_SIZE") from error
     try:
         yield
     except RuntimeError as error:
@@ -1360,10 +1368,13 @@ def share_of(config: Config) -> Config:
 # ===== 11. Run directory: checkpoints, pictures, status line ======================================
 
 def save_atomic(thing, path: Path) -> None:
-    """torch.save by way of a temporary file: `path` holds the old or the new, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
+    """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(thing, temporary)
+        if isinstance(thing, str):
+            temporary.write_text(thing)
+        else:
+            torch.save(thing, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:             # torch calls a full disk a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -1372,10 +1383,18 @@ def save_atomic(thing, path: Path) -> None:
 
 
 SAVE_EVERY = 50       # last.pt waits so many times as long as it last took: 2 % of a run's time
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt",
+             "summary.json")
 STATEFUL = ("learner", "generator", "cend", "generator_optimizer", "student_optimizer")
 
 
-def pack_state(state: State, config: Config) -> dict:
+def checksum(model: nn.Module) -> int:
+    """Of all weights and statistics: a run goes on with the teacher it began with."""
+    data = (value.cpu().numpy().tobytes() for value in model.state_dict().values())
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), data, 0)
+
+
+def pack_state(state: State, teacher: nn.Module, config: Config) -> dict:
     """State, settings and random generators as plain types that `weights_only=True` reads back."""
     bank, n, cuda = state.bank, len(state.bank), config.device == "cuda"
     own = {"bank": [part[:n].clone().cpu() for part in (bank.images, bank.labels, bank.sources)],
@@ -1385,16 +1404,23 @@ def pack_state(state: State, config: Config) -> dict:
     if world() > 1:
         dist.gather_object(own, processes if rank() == 0 else None)
     return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
-            "processes": processes, "cycle": state.cycle, "seconds": state.seconds,
-            "config": dataclasses.asdict(config)}
+            "teacher": checksum(teacher), "processes": processes, "cycle": state.cycle,
+            "seconds": state.seconds, "config": dataclasses.asdict(config)}
 
 
-def unpack_state(saved: dict, state: State) -> None:
+def unpack_state(saved: dict, state: State, teacher: nn.Module) -> None:
     """The inverse of `pack_state`, into a new state of the same settings, else UserError."""
+    if saved.get("teacher") != checksum(teacher):
+        raise UserError("the teacher is not the one that last.pt was saved with; give it back its "
+                        "file, or start in the folder where the run began")
     try:
         for name in STATEFUL:
             getattr(state, name).load_state_dict(saved[name])
         bank, own = state.bank, saved["processes"][rank()]
+        if not (type(saved["cycle"]) is type(own["pushed"]) is int
+                and type(saved["seconds"]) is float and len(own["bank"][1])
+                and 0 <= own["bank"][1].min() <= own["bank"][1].max() < len(state.cend.embeddings)):
+            raise ValueError("counts or labels out of range")
         bank.pushed, state.cycle, state.seconds = own["pushed"], saved["cycle"], saved["seconds"]
         for part, kept in zip((bank.images, bank.labels, bank.sources), own["bank"], strict=True):
             part[:len(bank)] = kept.to(part.device)
@@ -1405,9 +1431,10 @@ def unpack_state(saved: dict, state: State) -> None:
         raise UserError(f"last.pt does not fit its settings: {first_line(error)}") from error
 
 
-def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
+def export(model: nn.Sequential, arch: str, config: Config) -> dict:
     """Weights, architecture, normalisation: a file that `load_teacher` and --teacher-ckpt read."""
-    return {"state_dict": model.net.state_dict(), "arch": arch, "image_size": image_size,
+    return {"state_dict": model.net.state_dict(), "arch": arch, "image_size": config.image_size,
+            "dataset": dataset_name(config.dataset),
             "mean": model.normalize.mean.flatten().tolist(),
             "std": model.normalize.std.flatten().tolist()}
 
@@ -1415,16 +1442,15 @@ def export(model: nn.Sequential, arch: str, image_size: int) -> dict:
 def open_run(out: Path, config: Config, cycle: int) -> None:
     """Make or clear the run directory, write config.json, cut metrics.jsonl to the cycles saved."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in () if cycle else ("last.pt", "student.pt", "summary.json", "samples.png"):
-        (out / name).unlink(missing_ok=True)             # of a run that is overwritten
-    for leftover in out.glob("*.tmp"):                   # of a process that was killed
-        leftover.unlink()
     log = out / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if cycle and log.exists() else []
-    for name, text in (("config.json", json.dumps(dataclasses.asdict(config), indent=1)),
-                       ("metrics.jsonl", "".join(lines[:cycle]))):
-        (out / f"{name}.tmp").write_text(text)
-        os.replace(out / f"{name}.tmp", out / name)
+    old = log.read_text(errors="replace") if cycle and log.exists() else ""
+    for name in RUN_FILES:
+        if not cycle:
+            (out / name).unlink(missing_ok=True)         # of a run that is overwritten
+        for leftover in out.glob(f"{name}.*.tmp"):       # of a process that was killed
+            leftover.unlink()
+    save_atomic(json.dumps(dataclasses.asdict(config), indent=1), out / "config.json")
+    save_atomic("".join(old.splitlines(keepends=True)[:cycle]), log)
 
 
 def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
@@ -1439,7 +1465,7 @@ def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) 
 
 
 @contextlib.contextmanager
-def stop_after_cycle(status: Status):
+def stop_after_cycle():
     """Ctrl-C and SIGTERM fill the list that is yielded; the second one interrupts at once."""
     asked: list[int] = []
 
@@ -1447,7 +1473,7 @@ def stop_after_cycle(status: Status):
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        status.line("stopping after this cycle; once more to stop now")
+        os.write(2, b"\nstopping after this cycle; once more to stop now\n")
 
     numbers = (signal.SIGINT, signal.SIGTERM) if (
         threading.current_thread() is threading.main_thread()) else ()
@@ -1545,6 +1571,8 @@ def benchmark(config: Config, status: Status) -> None:
 
     Names before a comma are the run as it is set, names with one are what follows the comma.
     """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     _, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
     teacher, prior = get_teacher(config, classes, status), read_prior(config.prior)
     student = fresh_student(config, teacher, len(classes))
@@ -1592,9 +1620,7 @@ def benchmark(config: Config, status: Status) -> None:
              f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     status.line(f"| {where} | |\n|---|---|\n" + "\n".join(
         f"| {name} | {value:.3g} |" for name, value in result.items()))
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "benchmark.json").write_text(json.dumps({"where": where, **result}, indent=1))
+    save_atomic(json.dumps({"where": where, **result}, indent=1), out / "benchmark.json")
 
 
 # ===== 13. Main ===================================================================================
@@ -1617,16 +1643,17 @@ def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module
         net = build_model(config.teacher, len(classes), config.image_size)   # as fast as a trained
         return with_normalisation(net, *IMAGENET).eval().requires_grad_(False).to(config.device)
     if not (config.teacher_ckpt or path.exists()):
+        path.parent.mkdir(parents=True, exist_ok=True)
         status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
         train = load_train(config, classes)
         if not mean:                                     # measured on some 2,000 images
             some = [train[i][0] for i in range(0, len(train), max(1, len(train) // 2000))]
             std, mean = torch.std_mean(torch.stack(some).float() / 255, (0, 2, 3))
+            std = std.clamp_min(1e-3)                    # a channel may be empty
         net = build_model(config.teacher, len(classes), config.image_size)
         model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
         train_classifier(model, train, config, status)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_atomic(export(model, config.teacher, config.image_size), path)
+        save_atomic(export(model, config.teacher, config), path)
     stored = read_checkpoint(str(path))
     mean, std = (config.mean or stored.get("mean") or mean, config.std or stored.get("std") or std)
     if mean is None or std is None:
@@ -1648,22 +1675,25 @@ def read_prior(name: str) -> Tensor | None:
     """--prior FILE -> (K, E) tensor; None for the priors that need no file."""
     if name in ("teacher", "index"):
         return None
+    if not Path(name).is_file():
+        raise UserError(f"--prior {name!r} is neither teacher, index nor a file")
     try:
         array = np.load(name, allow_pickle=False) if name.endswith(".npy") else load_safely(name)
         prior = torch.as_tensor(array)
         if not is_plain(prior):
             raise ValueError
-        return prior.float()
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, MemoryError) as error:
-        raise UserError(f"cannot read the prior {name!r}: it is neither teacher, index nor a "
-                        f"(K, E) array in a .npy or .pt file") from error
+        return prior.detach().float()
+    except Exception as error:                           # whatever a broken or hostile file raises
+        raise UserError(f"cannot read the prior {name!r}: it holds no (K, E) array") from error
 
 
-def evaluate_only(config: Config, status: Status) -> None:
+def evaluate_only(config: Config, given: set[str], status: Status) -> None:
     """--eval-only: accuracy and probe of a saved student.pt, which says what network it is."""
     stored, path = read_checkpoint(config.eval_only), config.eval_only
     if not (stored.get("arch") in ARCHITECTURES and isinstance(stored.get("image_size"), int)):
         raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
+    if stored.get("dataset") != dataset_name(config.dataset) and "dataset" not in given:
+        raise UserError(f"{path} was distilled for {stored.get('dataset')}: give --dataset")
     config.image_size = stored["image_size"]
     check(config)
     test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
@@ -1682,7 +1712,7 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"cannot write to {there}: take another --out")
     if not config.resume:
-        if last.exists() and not config.overwrite:
+        if not config.overwrite and any((last.parent / name).exists() for name in RUN_FILES):
             raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
                             f"another --out")
         return config, None
@@ -1693,7 +1723,7 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     try:
         same = all(saved["config"][k] == getattr(stored, k) for k in fixed)
         processes = len(saved["processes"])
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, RuntimeError):
         same = False
     if not same:
         raise UserError(f"{last} was not saved with the config.json beside it")
@@ -1711,7 +1741,7 @@ def read_config(path: Path) -> Config:
     try:
         stored = json.loads(path.read_text())
         config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"no settings of this program in {path}: {first_line(error)}") from error
     check(config)
     return config
@@ -1723,7 +1753,7 @@ def first_state(config: Config, teacher: nn.Module, student: nn.Module, prior: T
     config.bank_capacity = len(real) if real else config.bank_capacity
     state = new_state(teacher, student, config, prior)
     if saved:
-        unpack_state(saved, state)
+        unpack_state(saved, state, teacher)
         return state
     for images, labels in DataLoader(real, batch_size=256) if real else ():
         state.bank.push(*(part.to(config.device) for part in (images, labels, labels * 0)))
@@ -1759,7 +1789,7 @@ def run(config: Config, given: set[str]) -> None:
     set_numerics(config)
     share = share_of(config)
     if config.eval_only:
-        return evaluate_only(config, status)
+        return evaluate_only(config, given, status)
     if config.benchmark:
         return benchmark(config, status)
     if saved and (Path(config.out) / "summary.json").exists():
@@ -1787,9 +1817,7 @@ def run(config: Config, given: set[str]) -> None:
 
     student = fresh_student(config, teacher, len(classes))
     state = first_state(share, teacher, student, prior, saved, real)
-    out, save_at, resumed = Path(config.out), -math.inf, state.seconds
-    if lead:
-        open_run(out, config, state.cycle)
+    out, save_at, resumed, first = Path(config.out), -math.inf, state.seconds, state.cycle
     sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (student, state.generator)]
     status.line(f"student {config.student} {sizes[0]} weights, generator {sizes[1]}, preset "
                 f"{config.preset}, {config.device} {config.precision}, torch {torch.__version__}, "
@@ -1798,7 +1826,7 @@ def run(config: Config, given: set[str]) -> None:
     def save() -> None:
         nonlocal save_at
         begin = time.perf_counter()
-        packed = pack_state(state, config)
+        packed = pack_state(state, teacher, config)
         if lead:
             save_atomic(packed, out / "last.pt")
         save_at = time.perf_counter() + SAVE_EVERY * (time.perf_counter() - begin)
@@ -1808,6 +1836,8 @@ def run(config: Config, given: set[str]) -> None:
         shown = [f"{k} {metrics[k]:.2f}" for k in ("kd", "variance", "recognised") if k in metrics]
         status(f"distilling: {done:.0%}, cycle {state.cycle}, {state.seconds / state.cycle:.1f} s "
                f"each, {state.seconds * (1 / done - 1):.0f} s left, {', '.join(shown)}")
+        if lead and state.cycle == first + 1:
+            open_run(out, config, first)
         if lead and state.cycle % config.eval_every == 0:
             metrics["accuracy"] = top1(predict(student, test, config.device)[0], labels)
             status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")
@@ -1821,13 +1851,15 @@ def run(config: Config, given: set[str]) -> None:
         if stop:
             raise KeyboardInterrupt
 
-    with stop_after_cycle(status) as asked:
+    with stop_after_cycle() as asked:
         distill(teacher, student, share, prior, state, on_cycle)
+    if lead and state.cycle == first:                    # resumed where only the end was missing
+        open_run(out, config, first)
     save()
     if not lead:
         return
     save_samples(state.bank, len(classes), out / "samples.png")
-    save_atomic(export(student, config.student, config.image_size), out / "student.pt")
+    save_atomic(export(student, config.student, config), out / "student.pt")
     summary = score(config, teacher, student, t_logits, test, probe, status)
     summary |= {"cycles": state.cycle, "seconds": state.seconds, "seed": config.seed,
                 "images": 0 if real else state.bank.pushed * world(),
@@ -1835,7 +1867,7 @@ def run(config: Config, given: set[str]) -> None:
                 "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
     status.line(f"{summary['images']:,} images made; synthesis and distillation took "
                 f"{state.seconds:.0f} s, all around them {summary['seconds_around']:.0f} s")
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    save_atomic(json.dumps(summary, indent=1), out / "summary.json")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1845,17 +1877,25 @@ def main(argv: list[str] | None = None) -> int:
         config, given = parse_args(argv)
         if not config.benchmark:
             keep_freed_memory()
-        with process_group(config):
+        with warnings.catch_warnings(), process_group(config):
+            warnings.simplefilter("ignore")              # of libraries: one line says what is wrong
             run(config, given)
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; is there room, and the right to write into {config.out}? What was "
+              f"saved is intact", file=sys.stderr)
+        return 2
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or "t allocate memory" in str(error) or "not enough memory" in str(error)):
+        short = ("out of memory", "enough memory", "allocate memory", "bad_alloc")
+        if isinstance(error, MemoryError) or any(words in str(error) for words in short):
+            remedy = "not enough memory; lower a batch size, --bank-capacity or --generator-width"
+        elif config.compile:
+            remedy = "torch.compile may have failed; run without --compile"
+        else:
             raise
-        print(f"error: not enough memory; lower a batch size, --bank-capacity or --generator-width "
-              f"({first_line(error)})", file=sys.stderr)
+        print(f"error: {remedy} ({first_line(error)})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         saved = config and Path(config.out, "last.pt").exists()
