@@ -1383,8 +1383,8 @@ def save_atomic(thing, path: Path) -> None:
 
 
 SAVE_EVERY = 50       # last.pt waits so many times as long as it last took: 2 % of a run's time
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt",
-             "summary.json")
+RUN_FILES = ("config.json", "metrics.jsonl",          # the others are worth a question
+             "samples.png", "last.pt", "student.pt", "summary.json")
 STATEFUL = ("learner", "generator", "cend", "generator_optimizer", "student_optimizer")
 
 
@@ -1711,14 +1711,18 @@ def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | Non
     there = next(p for p in (last.parent, *last.parent.parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"cannot write to {there}: take another --out")
+    settings = last.with_name("config.json")
     if not config.resume:
-        if not config.overwrite and any((last.parent / name).exists() for name in RUN_FILES):
-            raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
-                            f"another --out")
+        if not config.overwrite:
+            if any((last.parent / name).exists() for name in RUN_FILES[2:]):
+                raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
+                                f"another --out")
+            if settings.exists():                        # of a run killed in its first cycle, or
+                read_config(settings)                    # somebody else's
         return config, None
     if not last.exists():
         raise UserError(f"nothing to resume: there is no {last}")
-    stored, saved = read_config(last.with_name("config.json")), load_safely(last)
+    stored, saved = read_config(settings), load_safely(last)
     fixed = {f.name for f in dataclasses.fields(Config)} - MAY_CHANGE_ON_RESUME
     try:
         same = all(saved["config"][k] == getattr(stored, k) for k in fixed)
@@ -1884,14 +1888,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}; is there room, and the right to write into {config.out}? What was "
-              f"saved is intact", file=sys.stderr)
+        print(f"error: {error}; is there room, and the right to write? What was saved is intact",
+              file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         short = ("out of memory", "enough memory", "allocate memory", "bad_alloc")
         if isinstance(error, MemoryError) or any(words in str(error) for words in short):
             remedy = "not enough memory; lower a batch size, --bank-capacity or --generator-width"
-        elif config.compile:
+        elif config and config.compile:
             remedy = "torch.compile may have failed; run without --compile"
         else:
             raise

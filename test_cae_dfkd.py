@@ -1082,6 +1082,8 @@ def oddities(workdir):
     (workdir / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x0e\x00{'descr': '<f4',")
     np.save(workdir / "alike.npy", np.ones((10, 7), dtype=np.float32))
     np.save(workdir / "empty.npy", np.ones((10, 0), dtype=np.float32))
+    (workdir / "foreign").mkdir()
+    (workdir / "foreign/config.json").write_text('{"name": "of somebody"}')
     (workdir / "holds").mkdir()
     (workdir / "holds/student.pt").write_text("of somebody")
     torch.save({"state_dict": net, "arch": "resnet8", "image_size": 10**9, "dataset": "shapes"}, workdir / "huge.pt")
@@ -1172,6 +1174,7 @@ WRONG = [
     (["--eval-only", "elsewhere.pt"], "distilled for cifar10: give --dataset"),
     (["--eval-only", ""], "--eval-only"),
     (["--out", "holds"], "holds holds a run"),
+    (["--out", "foreign"], "foreign/config.json"),
     (["--teacher-ckpt", "huge-mean.pth"], "mean should be three numbers"),
     (["--teacher-ckpt", "binfloat.pth"], "binfloat.pth"),
     (["--teacher-ckpt", "/dev/zero"], "/dev/zero"),
