@@ -1453,19 +1453,29 @@ sys.exit(C.main())
 
 
 @slow
-def test_soak():
-    """2,000 cycles: memory flat within 5 %, no file left open."""
-    teacher, student = build_pair()
-    seen = []
+def test_soak(workdir, monkeypatch):
+    """2,000 cycles: memory flat within 5 %, a line for each, no file left open."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    real, seen = C.distill, []
 
-    def watch(state, metrics):
-        if state.cycle % 100 == 0:
-            status = Path("/proc/self/status").read_text()
-            seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir("/proc/self/fd"))))
+    def distill(*args):
+        *rest, on_cycle = args
 
-    C.distill(teacher, student, C.Config(**{**TINY, "cycles": 2000, "kd_steps": 1, "synth_steps": 1}), on_cycle=watch)
+        def then(state, metrics):
+            on_cycle(state, metrics)
+            if state.cycle % 100 == 0:
+                status = Path("/proc/self/status").read_text()
+                seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir("/proc/self/fd"))))
+
+        return real(*rest, then)
+
+    monkeypatch.setattr(C, "distill", distill)
+    assert C.main([*FAST, "--cycles", "2000", "--synth-steps", "1", "--kd-steps", "1", "--out", "runs/soak"]) == 0
     memory, files = zip(*seen)
     assert len(seen) == 20 and max(memory[2:]) <= 1.05 * memory[2] and len(set(files)) == 1
+    lines = [json.loads(line)["cycle"] for line in Path("runs/soak/metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 2001))
 
 
 # --- real data ---------------------------------------------------------------------------------------
