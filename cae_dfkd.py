@@ -1039,7 +1039,7 @@ def generator_loss(state: State, teacher: nn.Module, generator: nn.Module, e_hat
         s = state.student(images) if config.lambda_adv else None
     zero = torch.zeros((), device=t.device)
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
-    l_fm = state.matching.loss().to(t.device)                                       # eq. 4
+    l_fm = state.matching.loss() if state.matching.layers else zero                 # eq. 4
     l_adv = zero if s is None else adversarial_loss(s, t)                           # eq. 5
     loss = generator_objective(l_ce, l_fm, l_adv, config.lambda_fm, config.lambda_adv)   # eq. 6
     return images, loss, {"ce": l_ce, "fm": l_fm, "adv": l_adv}
@@ -1798,9 +1798,10 @@ def run(config: Config, given: set[str]) -> None:
         return benchmark(config, status)
     if saved and (Path(config.out) / "summary.json").exists():
         return status.line(f"{config.out} is finished; its results are in summary.json")
-    for arch in (config.student, config.teacher):        # what is wrong fails before any work
-        build_model(arch, 2)
-    Generator(1, config.image_size, config.generator_width)
+    with torch.device("meta"):                           # what is wrong fails before any work
+        for arch in (config.student, config.teacher):
+            build_model(arch, 2)
+        Generator(1, config.image_size, config.generator_width)
     prior = read_prior(config.prior)
     torch.manual_seed(config.seed)
     if rank() > 0:                                       # process 0 goes first, and

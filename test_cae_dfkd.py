@@ -1340,9 +1340,9 @@ def test_losses_in_extreme_places(kind, dtype):
             x = s.clone().requires_grad_()
             value = loss(x, torch.arange(n))
             value.backward()
-            slack = 1e-3 * max(1.0, s.abs().max().item()) * (tau if low == 0 else 1)
+            slack = 1e-6 * max(1.0, s.abs().max().item())
             assert value.isfinite() and x.grad.isfinite().all()
-            assert low - slack * 1e-3 <= value.item() <= high + slack * 1e-3
+            assert low - slack <= value.item() <= high + slack
             torch.testing.assert_close(loss(s, order), value.detach(), rtol=1e-3, atol=1e-3)
 
 
@@ -1375,7 +1375,7 @@ def test_evaluation_leaves_no_trace_in_the_student(workdir, monkeypatch):
     runs = {
         "runs/e0": [],
         "runs/e1": ["--eval-every", "1", "--probe-dataset", "shapes"],
-        "runs/e2": ["--dataset", "other", "--preset", "shapes", "--overwrite", "--deterministic"],
+        "runs/e2": ["--dataset", "other", "--preset", "shapes", "--deterministic"],
     }
     for out, args in runs.items():
         assert C.main([*base, "--out", out, *args]) == 0
@@ -1413,7 +1413,7 @@ slow = pytest.mark.skipif("CAE_DFKD_SLOW" not in os.environ, reason="minutes; CA
 @slow
 def test_twenty_kills_change_nothing(workdir):
     """kill -9 at random moments, checkpoint writes among them; the student is that of the unbroken run."""
-    args = [*FAST, "--cycles", "60", "--precision", "fp32"]
+    args = [*FAST, "--cycles", "150", "--precision", "fp32"]
     assert cli(*args, "--out", "runs/unbroken", cwd=workdir).returncode == 0
     moments, kills, out = np.random.default_rng(0), 0, workdir / "runs/killed"
     command = [sys.executable, "-c", KILLED, *args, "--out", "runs/killed"]
@@ -1433,10 +1433,10 @@ def test_twenty_kills_change_nothing(workdir):
             command = [*command[:3], "--resume", "--out", "runs/killed"]
         else:
             command = [*command[:3], *args, "--out", "runs/killed"]
-    assert kills >= 10
+    assert kills == 20
     assert equal_weights(workdir / "runs/unbroken", out)
     lines = [json.loads(line)["cycle"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 61)) and not list(out.glob("*.tmp"))
+    assert lines == list(range(1, 151)) and not list(out.glob("*.tmp"))
 
 
 # A run whose every cycle ends with a checkpoint that takes its time: most kills fall into the writing.
