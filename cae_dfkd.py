@@ -27,7 +27,7 @@ eq  what                               where                            source
  5  L_adv, adversarial                 adversarial_loss                 paper; form of DFAD, NAYER
  6  L_G = L_CE + λ L_FM + λ L_adv      generator_objective              paper; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
- 8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice
+ 8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice; form of CRD
  9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
 10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
 
@@ -36,7 +36,7 @@ Our choices, where the paper's public text is silent:
 [choice 2]  noise families: Gaussian, uniform, Laplace, Rademacher; one source is drawn per row
 [choice 3]  generator: linear seed, nearest upsampling, 3x3 convolutions whose channels halve
 [choice 4]  feature matching is the mean over BatchNorm layers: one weight serves every depth
-[choice 5]  the category-aware loss is a cosine softmax over the category embeddings
+[choice 5]  eq. 8 is a cosine softmax over the teacher's embeddings of the batch, one per image
 [choice 6]  one linear projection h serves eq. 8 and eq. 9
 [choice 7]  a noise draw is held for a round; the generator's seed layer and its Adam start anew
 [choice 8]  the bank gets the images of that step of a round which had the lowest eq. 6
@@ -152,7 +152,7 @@ class Config:
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")
     real_kd: bool = opt(False, "distillation", "an upper bound for comparison, not data-free: the "
                                                "training images, with their labels, are the bank")
-    lambda_cae: float = opt(0.1, "distillation", "weight of the category-aware loss, eq. 8")
+    lambda_cae: float = opt(4.0, "distillation", "weight of the category-aware loss, eq. 8")
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
     embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
 
@@ -650,12 +650,27 @@ def last_linear(model: nn.Module) -> nn.Linear:
     return linears[-1]
 
 
+class Embedding:
+    """`with Embedding(model) as f: model(x); f.value` (B, D): what entered its last nn.Linear."""
+
+    def __init__(self, model: nn.Module):
+        self.classifier = last_linear(model)
+
+    def __enter__(self) -> Embedding:
+        self.hook = self.classifier.register_forward_pre_hook(self.keep)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hook.remove()
+
+    def keep(self, classifier: nn.Module, args: tuple) -> None:
+        self.value = args[0]
+
+
 def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(logits (B, K), embedding f (B, D)): f is what enters the network's last nn.Linear."""
-    inputs: list[Tensor] = []
-    with last_linear(model).register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
-        logits = model(x)
-    return logits, inputs[0]
+    with Embedding(model) as f:
+        return model(x), f.value
 
 
 def train_classifier(model: nn.Module, data: Dataset, config: Config, status: Callable) -> None:
@@ -900,9 +915,11 @@ def category_aware_embedding_loss(z: Tensor, labels: Tensor, category_embeddings
                                   temperature: float = 0.1) -> Tensor:
     """Eq. 8: L_CAE = -log softmax_k(cos(z, e_k) / τ)[y], batch mean.                  [choice 5]
 
-    z (B, E) projected student embeddings h(f_S(x̂)); labels (B,); category_embeddings (K, E).
+    z (B, D) projected student embeddings h(f_S(x̂)); labels (B,); category_embeddings (K, D). In
+    `student_loss` every image of the batch is a category of its own, k = 1..B, and its embedding
+    is the teacher's: e_k = f_T(x̂_k), category and noise draw in one. Form: InfoNCE, as in CRD.
     """
-    z, e = F.normalize(full(z), dim=1), F.normalize(category_embeddings, dim=1)
+    z, e = F.normalize(full(z), dim=1), F.normalize(full(category_embeddings), dim=1)
     return F.cross_entropy(full(z @ e.to(z.dtype).T) / temperature, labels)
 
 
@@ -937,26 +954,20 @@ def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
 # ===== 6. What a run carries from cycle to cycle ==================================================
 
 class Learner(nn.Module):
-    """What phase B trains, student and projection h: x (B, 3, H, W) -> s (B, K), z = h(f_S) (B, E).
+    """What phase B trains, student and projection h: x (B, 3, H, W) -> s (B, K), z = h(f_S) (B, D).
 
-    To be called inside `with learner.reading():`.
+    To be called inside `with learner.embedding:`.
     """
 
     def __init__(self, student: nn.Module, width: int):
         super().__init__()
         self.student = student
+        self.embedding = Embedding(student)                                         # f_S
         self.head = nn.Linear(last_linear(student).in_features, width)              # [choice 6]
-
-    def reading(self):
-        """A context in which a hook on the student's classifier reads f_S."""
-        return last_linear(self.student).register_forward_pre_hook(self.keep)
-
-    def keep(self, classifier: nn.Module, args: tuple) -> None:
-        self.embedding = args[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s = self.student(x)
-        return s, self.head(self.embedding)
+        return s, self.head(self.embedding.value)
 
 
 @dataclass
@@ -966,6 +977,7 @@ class State:
     generator: Generator
     cend: CEND
     learner: Learner
+    teacher_embedding: Embedding                         # f_T
     matching: FeatureMatching
     bank: MemoryBank
     generator_optimizer: torch.optim.Optimizer
@@ -993,7 +1005,7 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
     e = category_prior(prior)
     generator = Generator(e.shape[1], config.image_size, config.generator_width)
     generator.to(rows.device, memory_format=torch.channels_last)
-    learner = Learner(student, e.shape[1]).to(rows.device)
+    learner = Learner(student, rows.shape[1]).to(rows.device)
     learner.head.requires_grad_(bool(config.lambda_cae or config.lambda_cncl))
     # SGD with a cosine, Adam for the generator: as in most of the literature         [choice 12]
     sgd = torch.optim.SGD(learner.parameters(), config.student_lr, 0.9,
@@ -1005,7 +1017,7 @@ def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Ten
                                Average.apply if world() > 1 else None)
     if config.lambda_fm and not matching.layers:
         warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
-    return State(student, generator, cend, learner, matching, bank, adam, sgd)
+    return State(student, generator, cend, learner, Embedding(teacher), matching, bank, adam, sgd)
 
 
 def autocast(like: Tensor, config: Config) -> torch.autocast:
@@ -1089,15 +1101,16 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
 
 def student_loss(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
                  labels: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. Needs `learner.reading()`."""
+    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. In both networks' `Embedding`."""
     with autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
         s, z = learner(images)
     zero = torch.zeros((), device=s.device)
-    tau, e = config.embedding_temperature, state.cend.embeddings
+    tau, f = config.embedding_temperature, state.teacher_embedding.value
+    own = torch.arange(len(z), device=z.device)          # every image a category of its own
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
-    l_cae = category_aware_embedding_loss(z, labels, e, tau) if config.lambda_cae else zero  # eq. 8
+    l_cae = category_aware_embedding_loss(z, own, f, tau) if config.lambda_cae else zero   # eq. 8
     l_cncl = contrastive_loss(z, labels, tau) if config.lambda_cncl else zero       # eq. 9
     loss = student_objective(l_kd, l_cae, l_cncl, config.lambda_cae, config.lambda_cncl)  # eq. 10
     return loss, {"kd": l_kd, "cae": l_cae, "cncl": l_cncl}
@@ -1122,7 +1135,7 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config, deadlin
     """
     set_training(state.student, True)
     learner, steps = parallel(state.learner), []
-    with state.learner.reading():
+    with state.learner.embedding, state.teacher_embedding:
         while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
             images, labels, _ = state.bank.sample(config.batch_size)
             images = augment(images)                                                # [choice 9]
@@ -1143,7 +1156,7 @@ def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str,
         with state.matching:
             images, _, terms = generator_step(state, teacher, generator, e_hat, labels, config)
         set_training(state.student, True)
-        with state.learner.reading():
+        with state.learner.embedding, state.teacher_embedding:
             terms |= student_step(state, teacher, learner, augment(images.float()), labels, config)
         state.bank.push(images, labels, sources)                         # for samples.png
     share_buffers(state.student)
@@ -1545,7 +1558,7 @@ def bench_functions(teacher: nn.Module, student: nn.Module, config: Config, prio
 
     def kd_step():
         images, labels, _ = b.bank.sample(config.batch_size)
-        with b.learner.reading():
+        with b.learner.embedding, b.teacher_embedding:
             student_step(b, teacher, b.learner, augment(images), labels, config)
 
     def synthesis_floor():

@@ -603,6 +603,20 @@ def test_every_switch_changes_the_run(change):
     assert not same(distilled(build_pair()), distilled(build_pair(), **change))
 
 
+def test_embedding_constraint_is_against_the_teachers_embedding_of_the_same_image():
+    """Eq. 8 as `student_loss` calls it, image by image, also where the two widths differ."""
+    teacher, student = C.build_model("wrn16_2", 10).eval(), C.build_model("resnet8", 10).eval()
+    config = C.Config(**TINY)
+    state, images = C.new_state(teacher, student, config), torch.rand(6, 3, 32, 32)
+    with state.learner.embedding, state.teacher_embedding, torch.no_grad():
+        terms = C.student_loss(state, teacher, state.learner, images, torch.zeros(6).long(), config)[1]
+        f = C.forward_with_embedding(teacher, images)[1].double()
+        z = state.learner.head(C.forward_with_embedding(student, images)[1]).double()
+    cosine = [[float(a @ b / a.norm() / b.norm()) for b in f] for a in z]
+    slow = [-c[i] / 0.1 + math.log(sum(math.exp(x / 0.1) for x in c)) for i, c in enumerate(cosine)]
+    assert z.shape == f.shape and float(terms["cae"]) == pytest.approx(sum(slow) / 6, rel=1e-4)
+
+
 def test_phases_are_decoupled():
     teacher, student = build_pair()
     config = C.Config(**TINY)
