@@ -18,7 +18,7 @@ logits, its BatchNorm statistics and the student's disagreement, and fills a mem
 
 Notation   B batch, K categories, D width of a network's embedding, E width of a category embedding
            e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) image in [0, 1]
-           t, s (B, K) teacher, student logits   f (B, D) penultimate embedding   h projects D -> E
+           t, s (B, K) teacher, student logits   f (B, D) penultimate embedding   h: f_S to f_T
 eq  what                               where                            source
  1  ê = e_y + M_n ⊙ q_n                CEND                             paper
  2  x̂ = G(ê)                           Generator                        prior work (DAFL, NAYER)
@@ -129,7 +129,8 @@ class Config:
                                           range=(1e-6, 1e3))
 
     # Beside a number: what another one did to the accuracy, in points, after 4 to 6 minutes on
-    # CIFAR-10, ResNet-20 -> ResNet-8 (.github/experiments.md). The others were not varied.
+    # CIFAR-10, ResNet-20 -> ResNet-8, most of them with the recipe of that day, one seed
+    # (.github/experiments.md); the README has the switches. The other numbers were not varied.
     prior: str = opt("teacher", "synthesis", "category embeddings: teacher (classifier rows), "
                                              "index (one-hot), or a (K, E) array, .npy or .pt")
     cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
@@ -159,7 +160,7 @@ class Config:
                                                "training images, with their labels, are the bank")
     lambda_cae: float = opt(4.0, "distillation", "weight of the category-aware loss, "
                                                  "eq. 8")                    # 0: -2, 10: 0
-    lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")
+    lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")  # 0: 0
     embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
 
 
@@ -933,7 +934,7 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     """Eq. 9, CNCL: rows of one category (other noise draws) attract, other categories repel.
 
     L = -(1/|V|) Σ_{i∈V} (1/|P(i)|) Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) )
-    z (B, E), normalised here; labels (B,); P(i) the other rows of i's category; V the rows that
+    z (B, D), normalised here; labels (B,); P(i) the other rows of i's category; V the rows that
     have any. Pairs: paper; form: SupCon. 0 for a batch without any pair.
     """
     z = F.normalize(full(z), dim=1)
