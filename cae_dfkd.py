@@ -153,6 +153,8 @@ class Config:
                           range=(2, 1e9))
     student_lr: float = opt(0.2, "distillation", "SGD step of the student, annealed by a "
                                                  "cosine")                   # 0.1: -5, 0.4: -3
+    lr_warmup: int = opt(5, "distillation", "cycles in which the step grows to --student-lr; 1: "
+                                            "at once")   # 1: 0, but -17 for ResNet-20 as student
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student",   # as NAYER
                               range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")    # 4: -2
@@ -1198,6 +1200,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         state = new_state(teacher, student, config, prior)
     while (progress := run_progress(state, config)) < 1:
         lr = config.student_lr * (1 + math.cos(math.pi * progress)) / 2
+        lr *= min(1.0, (state.cycle + 1) / config.lr_warmup)
         state.student_optimizer.param_groups[0]["lr"] = lr
         metrics: dict = {"cycle": state.cycle + 1, "lr": lr}
         start = middle = time.perf_counter()

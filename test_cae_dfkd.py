@@ -43,6 +43,7 @@ SOURCE = (HERE / "cae_dfkd.py").read_text()
 TINY = dict(
     precision="fp32",
     student_lr=0.1,
+    lr_warmup=1,
     cycles=2,
     generator_width=16,
     synth_batch=20,
@@ -675,6 +676,14 @@ def test_minutes_anneal_and_stop(pair, clock):
     assert seen[-1][0] >= 30 and all(s < 30 for s, _ in seen[:-1])
     assert len(seen) > 5 and [lr for _, lr in seen] == sorted((lr for _, lr in seen), reverse=True)
     assert seen[0][1] == 0.1 and seen[-1][1] < 0.01
+
+
+def test_the_students_step_grows_over_the_first_cycles_and_then_falls(pair):
+    rates = []
+    config = C.Config(**{**TINY, "cycles": 8, "lr_warmup": 4, "student_lr": 0.2})
+    C.distill(*pair, config, on_cycle=lambda s, m: rates.append(m["lr"]))
+    cosine = [0.1 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates == pytest.approx([c * share for c, share in zip(cosine, (0.25, 0.5, 0.75, 1, 1, 1, 1, 1))])
 
 
 def test_a_budget_below_a_cycle_is_kept(pair, clock):
