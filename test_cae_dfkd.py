@@ -708,7 +708,7 @@ def test_a_resumed_budget_has_the_time_that_was_left(clock):
         with contextlib.suppress(Cut):
             C.distill(*pair, config, state=state, on_cycle=on_cycle)
 
-    config, kept = C.Config(**{**TINY, "minutes": 0.5, "device": "cpu"}), {}
+    config, kept = C.Config(**{**TINY, "minutes": 0.5, "device": "cpu", "lr_warmup": 5}), {}
     rates = whole = []
     run(build_pair(), None)
     rates = []
