@@ -1,9 +1,9 @@
 r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware embeddings.
 
 A student learns from a frozen teacher without one real image. Paper: CAE-DFKD, arXiv 2504.21478,
-DAC 2025. No official code exists; this file follows the paper's public text and says, per equation,
-what is the paper's, what is prior work and what is our choice ([choice N] at the line, see below).
-Equation numbers are ours.
+DAC 2025. Of it we had the abstract, a review that quotes eq. 1 and secondary notes, not the full
+text; we found no official code. Each equation says what is the paper's (stated there), what is
+prior work and what is our choice ([choice N] at the line, see below). Equation numbers are ours.
 
     python cae_dfkd.py                                         # embedded data, minutes on a laptop
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # finds or trains the teacher first
@@ -24,23 +24,25 @@ eq  what                               where                            source
  2  x̂ = G(ê)                           Generator                        prior work (DAFL, NAYER)
  3  L_CE, category consistency         category_consistency_loss        paper
  4  L_FM, feature matching             FeatureMatching                  paper; form of DeepInversion
- 5  L_adv, adversarial                 adversarial_loss                 paper; form of DFAD, NAYER
+ 5  L_adv, adversarial                 adversarial_loss                 paper; form of NAYER
  6  L_G = L_CE + λ L_FM + λ L_adv      generator_objective              paper; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
- 8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice; form of CRD
+ 8  L_CAE, category-aware embedding    category_aware_embedding_loss    paper: name; form is ours
  9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
 10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
 
-Our choices, where the paper's public text is silent:
-[choice 1]  category embeddings are centred, with unit variance in each direction they span
+Our choices, where these sources are silent or we depart from them:
+[choice 1]  category embeddings: rows of the teacher's classifier (the paper: a language model's),
+            centred and scaled
 [choice 2]  noise families: Gaussian, uniform, Laplace, Rademacher; one source is drawn per row
 [choice 3]  generator: linear seed, nearest upsampling, 3x3 convolutions whose channels halve
 [choice 4]  feature matching is the mean over BatchNorm layers: one weight serves every depth
-[choice 5]  eq. 8 is a cosine softmax over the teacher's embeddings of the batch, one per image
+[choice 5]  eq. 8: a cosine softmax over f_T of the batch, where each image is its own category
 [choice 6]  one linear projection h serves eq. 8 and eq. 9
-[choice 7]  a noise draw is held for a round; the generator's seed layer and its Adam start anew
-[choice 8]  the bank gets the images of that step of a round which had the lowest eq. 6
+[choice 7]  a noise draw is held for a round; seed layer and Adam start anew (as in NAYER)
+[choice 8]  the bank gets the images of a round's step with the lowest eq. 6 (as in NAYER)
 [choice 9]  bank images are drawn with replacement, then cropped and flipped, the same for T and S
+            (the notes: the paper does not augment the images of CNCL)
 [choice 10] coupled training (an ablation): a generator step and a student step per fresh batch
 [choice 11] the bank is first-in first-out, and a few rounds fill it before the first student step
 [choice 12] every weight, temperature and size in `Config`, the optimisers and their schedule
@@ -158,8 +160,8 @@ class Config:
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student",   # as NAYER
                               range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")    # 4: -2
-    real_kd: bool = opt(False, "distillation", "an upper bound for comparison, not data-free: the "
-                                               "training images, with their labels, are the bank")
+    real_kd: bool = opt(False, "distillation", "for comparison, not data-free: the training "
+                                               "images, with their labels, are the bank")
     lambda_cae: float = opt(4.0, "distillation", "weight of the category-aware loss, "
                                                  "eq. 8")                    # 0: -2, 10: 0
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")  # 0: 0
@@ -708,11 +710,11 @@ def train_classifier(model: nn.Module, data: Dataset, config: Config, status: Ca
 # ===== 4. CEND and generator. Here the method begins: no files, data sets, logs, arguments ========
 
 def category_prior(embeddings: Tensor) -> Tensor:
-    """Raw category embeddings (K, E) -> centred, with unit variance in each direction. [choice 1]
+    """Raw category embeddings (K, E) -> centred, scaled by one number.                [choice 1]
 
     Language embeddings of class names are almost parallel, so they are centred. They span r =
     min(K-1, E) directions and get a mean squared length of r: noise of magnitude 1 is as strong as
-    the category in each of these directions, whatever E is.
+    the category, on average over these directions, whatever E is.
     """
     e = embeddings.float() - embeddings.float().mean(0)
     r = min(len(e) - 1, e.shape[1])
@@ -781,7 +783,10 @@ class Generator(nn.Module):
 
 
 class MemoryBank:
-    """First-in first-out store of uint8 images (capacity, 3, S, S), labels and noise sources."""
+    """First-in first-out store of uint8 images (capacity, 3, S, S) and labels.   [choice 11]
+
+    sources are the noise sources of the images, for the caller; no loss reads them.
+    """
 
     def __init__(self, capacity: int, image_size: int, device: str | torch.device = "cpu"):
         shape = (capacity, image_size, image_size, 3)                    # channels last
@@ -898,7 +903,7 @@ class FeatureMatching:
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Eq. 5: L_adv = -(1/B) Σ_i 1[argmax s_i = argmax t_i] KL(softmax(t_i) ‖ softmax(s_i)).
 
-    (B, K), (B, K) -> scalar <= 0. Named by the paper; form of DFAD and NAYER: disagreement is
+    (B, K), (B, K) -> scalar <= 0. Named by the paper; form of NAYER: disagreement is
     sought only where student and teacher still agree.
     """
     s, t = F.log_softmax(full(student_logits), 1), F.log_softmax(full(teacher_logits), 1)
@@ -927,14 +932,14 @@ def category_aware_embedding_loss(z: Tensor, labels: Tensor, category_embeddings
 
     z (B, D) projected student embeddings h(f_S(x̂)); labels (B,); category_embeddings (K, D). In
     `student_loss` every image of the batch is a category of its own, k = 1..B, and its embedding
-    is the teacher's: e_k = f_T(x̂_k), category and noise draw in one. Form: InfoNCE, as in CRD.
+    is the teacher's, e_k = f_T(x̂_k): InfoNCE, with others of the same y among the negatives.
     """
     z, e = F.normalize(full(z), dim=1), F.normalize(full(category_embeddings), dim=1)
     return F.cross_entropy(full(z @ e.to(z.dtype).T) / temperature, labels)
 
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
-    """Eq. 9, CNCL: rows of one category (other noise draws) attract, other categories repel.
+    """Eq. 9, CNCL: rows of one category attract, whatever their noise; other categories repel.
 
     L = -(1/|V|) Σ_{i∈V} (1/|P(i)|) Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) )
     z (B, D), normalised here; labels (B,); P(i) the other rows of i's category; V the rows that
@@ -1094,7 +1099,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     offset = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + offset) % len(e)  # balanced
     e_hat, sources = draw_inputs(state, labels, config)              # held for a round  [choice 7]
-    state.generator.project.reset_parameters()
+    state.generator.project.reset_parameters()           # a new seed layer and Adam: new images
     state.generator_optimizer.state.clear()
     generator = parallel(state.generator)
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
@@ -1111,7 +1116,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
 
 def student_loss(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
                  labels: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1]. In both networks' `Embedding`."""
+    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1], while both `Embedding`s listen."""
     with autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
@@ -1157,7 +1162,7 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config, deadlin
 def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
     """In place of both phases: a generator and a student step on each fresh batch.   [choice 10]"""
     e = state.cend.embeddings
-    set_training(state.student, True)
+    set_training(state.student, True)                    # DDP looks for weights that learn
     generator, learner = parallel(state.generator), parallel(state.learner)
     for _ in range(config.kd_steps):
         labels = torch.randint(len(e), (config.batch_size,), device=e.device)
@@ -1188,8 +1193,8 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     Both take images in [0, 1] and sit on one device; the teacher stays bit-identical. prior (K, E):
     category embeddings in place of config.prior. state: go on from there. on_cycle(state, metrics)
     follows each cycle; random numbers it draws do not disturb the run. config.precision "bf16" is
-    bf16, all else fp32. Returns the student, in eval mode. Raises FloatingPointError
-    with the name and cycle of a loss that is not finite.
+    bf16, all else fp32. config.real_kd: the images are those in state.bank. Returns the student, in
+    eval mode. Raises FloatingPointError with the name and cycle of a loss that is not finite.
     """
     if config.real_kd and state is None:
         raise UserError("real_kd needs a state whose bank holds the real images")
@@ -1211,7 +1216,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
             terms = {}
             for extra in range(0 if config.real_kd else rounds):
                 if extra and agreed(time.perf_counter() - start) > left / 2:
-                    break                                                # a budget below a cycle
+                    break                                # of a short budget, half is for phase B
                 terms = synthesis_round(state, teacher, config)                     # phase A
             metrics |= to_numbers(terms)
             middle = time.perf_counter()
