@@ -27,7 +27,7 @@ eq  what                               where                            source
  5  L_adv, adversarial                 adversarial_loss                 paper; form of NAYER
  6  L_G = L_CE + λ L_FM + λ L_adv      generator_objective              paper; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
- 8  L_CAE, category-aware embedding    category_aware_embedding_loss    paper: name; form is ours
+ 8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice; form of InfoNCE
  9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
 10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
 
@@ -156,7 +156,7 @@ class Config:
     student_lr: float = opt(0.2, "distillation", "SGD step of the student, annealed by a "
                                                  "cosine")                   # 0.1: -5, 0.4: -3
     lr_warmup: int = opt(5, "distillation", "cycles in which the step grows to --student-lr; 1: "
-                                            "at once")   # 1: -41 for a ResNet-20 student
+                                            "at once")   # 1: -41, ResNet-20 student, 40 cycles
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student",   # as NAYER
                               range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")    # 4: -2
@@ -783,7 +783,7 @@ class Generator(nn.Module):
 
 
 class MemoryBank:
-    """First-in first-out store of uint8 images (capacity, 3, S, S) and labels.   [choice 11]
+    """First-in first-out store of uint8 images (capacity, 3, S, S) and labels.     [choice 11]
 
     sources are the noise sources of the images, for the caller; no loss reads them.
     """
