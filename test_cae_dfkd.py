@@ -56,6 +56,18 @@ TINY = dict(
 )
 
 
+DRAW_SHAPES = C.draw_shapes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_are_drawn_once():
+    """Nobody changes them, and a hundred runs of `main` would draw the same ones."""
+    once = functools.cache(DRAW_SHAPES)
+    C.draw_shapes = lambda n, names, seed, size=32: once(n, tuple(names), seed, size)
+    yield
+    C.draw_shapes = DRAW_SHAPES
+
+
 def rng(*shape, seed=0, scale=1.0):
     return np.random.default_rng(seed).standard_normal(shape) * scale
 
@@ -748,7 +760,7 @@ def test_logistic_regression_is_at_its_optimum():
 
 
 def test_shapes_are_seeded_balanced_and_distinct():
-    one, two, other = (C.draw_shapes(200, list(C.SHAPES)[:10], seed) for seed in (1, 1, 2))
+    one, two, other = (DRAW_SHAPES(200, list(C.SHAPES)[:10], seed) for seed in (1, 1, 2))
     assert torch.equal(one.tensors[0], two.tensors[0]) and not torch.equal(one.tensors[0], other.tensors[0])
     assert torch.bincount(one.tensors[1]).tolist() == [20] * 10
     assert one.tensors[0].shape == (200, 3, 32, 32) and one.tensors[0].dtype == torch.uint8
@@ -832,13 +844,13 @@ def test_real_kd_makes_no_image_and_holds_the_training_set(workdir, monkeypatch)
     assert torch.equal(images, train.tensors[0]) and torch.equal(labels, train.tensors[1])
 
 
-def test_eval_only_gives_the_summary_number(workdir):
-    wrong = cli("--eval-only", "runs/a/student.pt", "--dataset", "shapes-unseen", cwd=workdir)
-    assert wrong.returncode == 2 and "fit resnet8 with 6 classes" in wrong.stderr
-    done = cli("--eval-only", "runs/a/student.pt", cwd=workdir)
-    summary = json.loads((workdir / "runs/a/summary.json").read_text())
-    assert done.returncode == 0 and f"{summary['student_accuracy']:.2f} %" in done.stdout
-    assert f"{summary['probe']['student']:.2f} %" in done.stdout
+def test_eval_only_gives_the_summary_number(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    assert C.main(["--eval-only", "runs/a/student.pt", "--dataset", "shapes-unseen"]) == 2
+    assert "fit resnet8 with 6 classes" in capsys.readouterr().err
+    assert C.main(["--eval-only", "runs/a/student.pt"]) == 0
+    summary, printed = json.loads(Path("runs/a/summary.json").read_text()), capsys.readouterr().out
+    assert f"{summary['student_accuracy']:.2f} %" in printed and f"{summary['probe']['student']:.2f} %" in printed
 
 
 def test_resume_is_exact(workdir, monkeypatch, capsys):
@@ -989,7 +1001,7 @@ import hashlib, os, signal, sys
 import torch
 import cae_dfkd as C
 
-real = C.distill
+real, C.linear_probe = C.distill, lambda *args: {"accuracy": 0.0}
 
 def distill(teacher, student, config, prior, state, on_cycle):
     def then(state, metrics):
@@ -1028,14 +1040,14 @@ def torchrun(processes, script, *args, cwd, **env):
     )
 
 
-def test_two_processes_agree_and_a_lost_one_can_be_resumed(workdir):
+def test_two_processes_agree_and_a_lost_one_can_be_resumed(workdir, monkeypatch, capsys):
     worker = workdir / "worker.py"
     worker.write_text(WORKER)
     died = torchrun(2, worker, *FAST, "--out", "runs/two", cwd=workdir, DIE="1")
     assert died.returncode != 0 and "--resume --out runs/two" in died.stderr
     assert torch.load(workdir / "runs/two/last.pt", weights_only=True)["cycle"] == 1
-    alone = cli("--resume", "--out", "runs/two", cwd=workdir)
-    assert alone.returncode == 2 and "of 2 processes" in alone.stderr
+    monkeypatch.chdir(workdir)
+    assert C.main(["--resume", "--out", "runs/two"]) == 2 and "of 2 processes" in capsys.readouterr().err
     ends = [
         torchrun(2, worker, *args, cwd=workdir)
         for args in (["--resume", "--out", "runs/two"], [*FAST, "--out", "runs/both"])
