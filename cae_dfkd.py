@@ -131,21 +131,21 @@ class Config:
                                           range=(1e-6, 1e3))
 
     # Beside a number: what another one did to the accuracy, in points, after 4 to 6 minutes on
-    # CIFAR-10, ResNet-20 -> ResNet-8, most of them with the recipe of that day, one seed
-    # (.github/experiments.md); the README has the ablations. The other numbers were not varied.
+    # CIFAR-10, ResNet-20 -> ResNet-8, most of them with the recipe of that day and one seed, where
+    # 2 is noise (.github/experiments.md); the README has the ablations, with three.
     prior: str = opt("teacher", "synthesis", "category embeddings: teacher (classifier rows), "
                                              "index (one-hot), or a (K, E) array, .npy or .pt")
     cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
     magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+",
                                            range=(0, 1e3))               # 2: -2
     generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy",
-                               range=(8, 4096))                          # 32: -2, 128: -2
+                               range=(8, 4096))                          # 32: -2, 128: -4
     decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
     synth_batch: int = opt(128, "synthesis", "images of a round", range=(2, 1e9))
-    synth_steps: int = opt(12, "synthesis", "generator steps of a round")    # 8: -4
+    synth_steps: int = opt(12, "synthesis", "generator steps of a round")    # 8: -5
     generator_lr: float = opt(4e-3, "synthesis", "Adam step of the generator")   # as NAYER
     lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")   # 8: -1
-    lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")   # 0: 0
+    lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")   # 0: -5..0
     bank_capacity: int = opt(20_000, "synthesis", "images the memory bank keeps, the newest")
     warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step",
                              range=(0, 1e9))
@@ -156,14 +156,14 @@ class Config:
     student_lr: float = opt(0.2, "distillation", "SGD step of the student, annealed by a "
                                                  "cosine")                   # 0.1: -5, 0.4: -3
     lr_warmup: int = opt(5, "distillation", "cycles in which the step grows to --student-lr; 1: "
-                                            "at once")   # 1: -41, ResNet-20 student, 40 cycles
+                                            "at once")   # 1: 0, ResNet-20 student mid-run -41
     weight_decay: float = opt(1e-4, "distillation", "weight decay of the student",   # as NAYER
                               range=(0, 1))
     kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")    # 4: -2
     real_kd: bool = opt(False, "distillation", "for comparison, not data-free: the training "
                                                "images, with their labels, are the bank")
     lambda_cae: float = opt(4.0, "distillation", "weight of the category-aware loss, "
-                                                 "eq. 8")                    # 0: -3, 10: 0
+                                                 "eq. 8")                    # 0: -4, 10: 0
     lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")  # 0: 0
     embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
 

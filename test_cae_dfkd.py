@@ -1624,6 +1624,14 @@ def test_readme_python_snippets_run(tmp_path, monkeypatch):
         exec(compile(snippet, "README.md", "exec"), {})
 
 
+def test_readme_five_folds_are_near_the_single_split(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    names = {}
+    exec(next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "def five_folds" in s), names)
+    single = json.loads(Path("runs/a/summary.json").read_text())["probe"]["student"]
+    assert names["five_folds"]("runs/a/student.pt", "shapes-unseen") == pytest.approx(single, abs=8)
+
+
 def test_readme_maps_every_equation_to_code_and_test():
     rows = re.findall(r"^\| (\d+) \|.*?\| `(\w+)` \| `(\w+)` \|", README, re.M)
     assert [int(r[0]) for r in rows] == list(range(1, 11))
