@@ -1,490 +1,248 @@
 r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware embeddings.
 
 A student learns from a frozen teacher without one real image. Paper: CAE-DFKD, arXiv 2504.21478,
-DAC 2025. Of it we had the abstract, a review that quotes eq. 1 and secondary notes, not the full
-text; we found no official code. Each equation says what is the paper's (stated there), what is
-prior work and what is our choice ([choice N] at the line, see below). Equation numbers are ours.
+DAC 2025. What could be consulted of it: the abstract, the beginning of the introduction, a review
+that quotes eq. 1, and secondary notes; no full text and no official code.
 
-    python cae_dfkd.py                                         # embedded data, minutes on a laptop
-    python cae_dfkd.py --teacher resnet34 --dataset cifar10    # finds or trains the teacher first
+    python cae_dfkd.py                                         # drawn data, minutes on a laptop
+    python cae_dfkd.py --teacher resnet34 --dataset cifar10    # fetches teacher and test images
+    python cae_dfkd.py --resume --out runs/NAME                # go on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt        # score a saved student
-    python cae_dfkd.py --benchmark                             # what a step costs, and its floor
     torchrun --nproc-per-node=2 cae_dfkd.py                    # several processes or GPUs
 
-Every category has an embedding e_y. CEND diffuses it with noise from several sources, a light
-generator turns the result into images. Phase A (synthesis) shapes the images by the teacher's
-logits, its BatchNorm statistics and the student's disagreement, and fills a memory bank. Phase B
-(distillation) trains the student on the bank. The phases share no graph.
+Every category y has an embedding e_y. CEND adds noise to it, drawn from one of several sources (eq.
+1), and a light generator turns the sum into an image (eq. 2). One *cycle* is:
+Phase A, synthesis: for one noise draw the generator is trained for a few steps, so that the teacher
+recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm layers
+are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
+go to a memory bank. Phase B, distillation: the student takes some steps on images of the bank,
+towards the teacher's logits (eq. 7) and embeddings (eq. 8), with images of one category close
+together (eq. 9). The phases share no graph: this is the decoupled training.
 
-Notation   B batch, K categories, D width of a network's embedding, E width of a category embedding
-           e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) image in [0, 1]
-           t, s (B, K) teacher, student logits   f (B, D) penultimate embedding   h: f_S to f_T
+Notation   B batch, K categories, H x W pixels, E and D width of a category's, a network's embedding
+           e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) images in [0, 1]
+           T teacher, S student; t, s (B, K) their logits; f_T, f_S (B, D) their embeddings: what
+           enters the last linear layer; z = h(f_S) projected to the width of f_T
+
 eq  what                               where                            source
  1  ê = e_y + M_n ⊙ q_n                CEND                             paper
  2  x̂ = G(ê)                           Generator                        prior work (DAFL, NAYER)
  3  L_CE, category consistency         category_consistency_loss        paper
  4  L_FM, feature matching             FeatureMatching                  paper; form of DeepInversion
  5  L_adv, adversarial                 adversarial_loss                 paper; form of NAYER
- 6  L_G = L_CE + λ L_FM + λ L_adv      generator_objective              paper; weights are ours
+ 6  L_G = L_CE + λ_fm L_FM + λ_adv L_adv            generator_step      paper; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
  8  L_CAE, category-aware embedding    category_aware_embedding_loss    our choice; form of InfoNCE
  9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
-10  L_S = L_KD + λ L_CAE + λ L_CNCL    student_objective                paper: KD + CNCL; rest ours
+10  L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL        student_step        paper: KD + CNCL; rest ours
 
-Our choices, where these sources are silent or we depart from them:
-[choice 1]  category embeddings: rows of the teacher's classifier (the paper: a language model's),
-            centred and scaled
-[choice 2]  noise families: Gaussian, uniform, Laplace, Rademacher; one source is drawn per row
-[choice 3]  generator: linear seed, nearest upsampling, 3x3 convolutions whose channels halve
-[choice 4]  feature matching is the mean over BatchNorm layers: one weight serves every depth
-[choice 5]  eq. 8: a cosine softmax over f_T of the batch, where each image is its own category
-[choice 6]  one linear projection h serves eq. 8 and eq. 9
-[choice 7]  a noise draw is held for a round; seed layer and Adam start anew (as in NAYER)
-[choice 8]  the bank gets the images of a round's step with the lowest eq. 6 (as in NAYER)
-[choice 9]  bank images are drawn with replacement, then cropped and flipped, the same for T and S
-            (the notes: the paper does not augment the images of CNCL)
-[choice 10] coupled training (an ablation): a generator step and a student step per fresh batch
-[choice 11] the bank is first-in first-out, and a few rounds fill it before the first student step
-[choice 12] every weight, temperature and size in `Config`, the optimisers and their schedule
+Equation numbers are ours. Where these sources are silent, the line says [our choice].
 """
+# SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
-import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import transforms
+from torchvision import datasets, transforms
 from torchvision.models.resnet import BasicBlock
-
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.utils import draw_bounding_boxes
 
 class UserError(ValueError):
     """Something the user can mend: `main` prints its one line and exits with code 2."""
 
+# ===== 1. Settings: the one place where defaults live; the command line is made from it ===========
 
-# ===== 1. Config: the one place where defaults live; the command line is made from it =============
+ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "resnet34",
+                 "resnet50", "wrn16_1", "wrn16_2", "wrn40_1", "wrn40_2", "vgg11")
 
-def opt(default, group: str, text: str, **kw):
-    """A dataclass field with its help text, its argparse group and further argparse keywords."""
-    return field(default=default, metadata={"group": group, "help": text, **kw})
-
+def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
+    """A field of `Config`: help text, range of a number, further keywords of its argparse flag."""
+    return field(default=default, metadata=dict(help=text, range=(low, high), flag=flag))
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the CPU recipe; see `PRESETS`.        [choice 12]"""
-    dataset: str = opt("shapes", "run", "shapes, cifar10, cifar100, svhn, stl10, or a folder with "
-                                        "train/ and test/ (or val/) of one sub-folder per class")
-    data_root: str = opt("data", "run", "where downloaded data sets are kept")
-    image_size: int = opt(32, "run", "pixels; images of another size are resized",
-                          range=(8, 1024))
-    preset: str = opt("auto", "run", "recipe, other defaults than printed here; auto: shapes for "
-                                     "shapes, else gpu on cuda, else cpu",
-                      choices=("auto", "shapes", "cpu", "gpu"))
-    cycles: int = opt(150, "run", "cycles of synthesis and distillation")
-    minutes: float | None = opt(None, "run", "time for both phases, in place of --cycles")
-    benchmark: bool = opt(False, "run", "time the steps of this run against their floors and stop")
-    seed: int = opt(0, "run", "seed of everything random", range=(0, 2**63 - 1))
-    device: str = opt("auto", "run", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = opt("auto", "run", "networks in fp32 or bf16; auto asks the hardware",
-                         choices=("auto", "fp32", "bf16"))
-    deterministic: bool = opt(False, "run", "only kernels that repeat bit for bit; a CPU's do")
-    compile: bool = opt(False, "run", "torch.compile both steps (slower on the CPUs tried)")
-    out: str | None = opt(None, "run", "run directory; else runs/DATASET_TEACHER_STUDENT_SEED")
-    overwrite: bool = opt(False, "run", "replace the run that is in the run directory")
-    resume: bool = opt(False, "run", "go on from last.pt in the run directory")
-    eval_only: str | None = opt(None, "run", "score this student.pt and stop")
-    eval_every: int = opt(25, "run", "cycles between evaluations on the test split")
-    probe_dataset: str | None = opt(None, "run", "data set of the linear probe, as --dataset")
+    """Every setting of a run. The defaults are the CPU recipe; all numbers are [our choice].
 
-    teacher: str = opt("resnet20", "networks", "teacher architecture")
-    teacher_ckpt: str | None = opt(None, "networks", "teacher weights; else found or trained")
-    teacher_epochs: int = opt(60, "networks", "epochs of a teacher that has to be trained")
-    student: str | None = opt(None, "networks", "student architecture; else a smaller relative")
-    mean: tuple[float, ...] | None = opt(None, "networks", "the teacher's input mean", nargs=3,
-                                           range=(-1e3, 1e3))
-    std: tuple[float, ...] | None = opt(None, "networks", "the teacher's input deviation", nargs=3,
-                                          range=(1e-6, 1e3))
+    The comment behind a number says what another one cost in points of accuracy after 4 to 6
+    minutes of CIFAR-10, ResNet-20 to ResNet-8, one seed; 2 points are noise. See also `PRESETS`.
+    """
+    # The run
+    dataset: str = setting("shapes", "shapes, cifar10, cifar100, svhn, stl10, or a folder")
+    data_root: str = setting("data", "where downloaded data sets are kept")
+    image_size: int = setting(32, "pixels", 8, 1024, choices=(32, 64, 128, 224))
+    cycles: int = setting(150, "cycles of synthesis and distillation")
+    minutes: float | None = setting(None, "time for both phases, in place of --cycles")
+    seed: int = setting(0, "seed of everything random", 0, 2**63 - 1)
+    device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    precision: str = setting("auto", "of the networks", choices=("auto", "fp32", "bf16"))
+    out: str | None = setting(None, "run directory; else a free one in runs/")
+    resume: bool = setting(False, "go on from last.pt in the run directory --out")
+    eval_only: str | None = setting(None, "score this student.pt and stop")
+    eval_every: int = setting(25, "cycles between evaluations on the test split")
+    probe_dataset: str | None = setting(None, "data set of the linear probe, as --dataset")
+    detection: bool = setting(True, "score by the detection probe too")
+    detection_dataset: str = setting("scenes", "scenes (drawn), voc2007, or a folder in its layout")
+    detection_size: int = setting(224, "longer side of its photographs in pixels", 32)
+    debug: bool = setting(False, "show where an error arose")
+    # Networks
+    teacher: str = setting("resnet20", "teacher architecture", choices=ARCHITECTURES)
+    teacher_ckpt: str | None = setting(None, "teacher weights; else found, fetched or trained")
+    train_teacher: bool = setting(False, "train a teacher even where a public one can be fetched")
+    teacher_epochs: int = setting(60, "epochs of a teacher that has to be trained")
+    student: str | None = setting(None, "else a smaller relative", choices=ARCHITECTURES)
+    mean: list[float] | None = setting(None, "the teacher's input mean", -1e3, 1e3, nargs=3)
+    std: list[float] | None = setting(None, "its standard deviation", 1e-6, 1e3, nargs=3)
+    # Phase A, synthesis
+    prior: str = setting("teacher", "category embeddings: teacher, index, or a (K, E) .npy file")
+    cend: bool = setting(True, "diffuse category embeddings; without, plain noise goes in")
+    magnitudes: tuple[float, ...] = setting((1.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
+    generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)    # 32: 2
+    decoupled: bool = setting(True, "train generator and student in separate phases")
+    synth_batch: int = setting(128, "images of a synthesis round", 2)
+    synth_steps: int = setting(12, "generator steps of a round")                # 8: 5
+    generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
+    lambda_fm: float = setting(19.0, "weight of feature matching, eq. 4", 0)    # 8: 1
+    lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)    # 0: 0 to 5
+    bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
+    warmup_rounds: int = setting(4, "further rounds before the first student step", 0)
+    # Phase B, distillation
+    kd_steps: int = setting(40, "student steps of a cycle")                     # 25: 1, 80: 4
+    batch_size: int = setting(128, "images of a student step", 2)               # 75 steps of 64: 2
+    student_lr: float = setting(0.2, "SGD step size of the student, annealed by a cosine")
+    lr_warmup: int = setting(5, "cycles in which it grows to --student-lr")     # see `distill`
+    kd_temperature: float = setting(20.0, "temperature τ of eq. 7")             # 4: 2
+    lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)     # 0: 4
+    lambda_cncl: float = setting(0.1, "weight of the contrastive term, eq. 9", 0)       # 0: 0
+    embedding_temperature: float = setting(0.1, "temperature τ of eq. 8 and 9")
+    real_kd: bool = setting(False, "for comparison, not data-free: the bank holds real images")
 
-    # Beside a number: what another one did to the accuracy, in points, after 4 to 6 minutes on
-    # CIFAR-10, ResNet-20 -> ResNet-8, most of them with the recipe of that day and one seed, where
-    # 2 is noise (.github/experiments.md); the README has the ablations, with three.
-    prior: str = opt("teacher", "synthesis", "category embeddings: teacher (classifier rows), "
-                                             "index (one-hot), or a (K, E) array, .npy or .pt")
-    cend: bool = opt(True, "synthesis", "diffuse category embeddings; without, plain noise goes in")
-    magnitudes: tuple[float, ...] = opt((1.0,) * 4, "synthesis", "of each noise source", nargs="+",
-                                           range=(0, 1e3))               # 2: -2
-    generator_width: int = opt(64, "synthesis", "channels of its seed; 128 is heavy",
-                               range=(8, 4096))                          # 32: -2, 128: -4
-    decoupled: bool = opt(True, "synthesis", "generator and student train in separate phases")
-    synth_batch: int = opt(128, "synthesis", "images of a round", range=(2, 1e9))
-    synth_steps: int = opt(12, "synthesis", "generator steps of a round")    # 8: -5
-    generator_lr: float = opt(4e-3, "synthesis", "Adam step of the generator")   # as NAYER
-    lambda_fm: float = opt(19.0, "synthesis", "weight of feature matching, eq. 4")   # 8: -1
-    lambda_adv: float = opt(1.0, "synthesis", "weight of the adversarial term, eq. 5")   # 0: -5..0
-    bank_capacity: int = opt(20_000, "synthesis", "images the memory bank keeps, the newest")
-    warmup_rounds: int = opt(4, "synthesis", "further rounds before the first student step",
-                             range=(0, 1e9))
+    def __post_init__(self):
+        """Raise UserError, which names the flag, for a number out of its range."""
+        for f in dataclasses.fields(self):
+            (low, high), value = f.metadata["range"], getattr(self, f.name)
+            for number in value if isinstance(value, (tuple, list)) else [value]:
+                if type(number) in (int, float) and not low <= number <= high:
+                    raise UserError(f"{flag_of(f.name)} {number} is not in {low:g} to {high:g}")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("--mean and --std belong together: give both or neither")
+        if not self.decoupled and (self.real_kd or not self.cend):       # no category would reach G
+            raise UserError("--no-decoupled goes neither with --no-cend nor with --real-kd")
 
-    kd_steps: int = opt(40, "distillation", "student steps of a cycle")      # 25: -1, 80: -4
-    batch_size: int = opt(128, "distillation", "images of a student step",   # 75 steps of 64: -2
-                          range=(2, 1e9))
-    student_lr: float = opt(0.2, "distillation", "SGD step of the student, annealed by a "
-                                                 "cosine")                   # 0.1: -5, 0.4: -3
-    lr_warmup: int = opt(5, "distillation", "cycles in which the step grows to --student-lr; 1: "
-                                            "at once")   # 1: 0, ResNet-20 student mid-run -41
-    weight_decay: float = opt(1e-4, "distillation", "weight decay of the student",   # as NAYER
-                              range=(0, 1))
-    kd_temperature: float = opt(20.0, "distillation", "temperature of eq. 7")    # 4: -2
-    real_kd: bool = opt(False, "distillation", "for comparison, not data-free: the training "
-                                               "images, with their labels, are the bank")
-    lambda_cae: float = opt(4.0, "distillation", "weight of the category-aware loss, "
-                                                 "eq. 8")                    # 0: -4, 10: 0
-    lambda_cncl: float = opt(0.1, "distillation", "weight of the contrastive term, eq. 9")  # 0: 0
-    embedding_temperature: float = opt(0.1, "distillation", "temperature of eq. 8 and eq. 9")
-
-
-# What differs from the defaults. Tried: cpu (ResNet-20 -> ResNet-20 and ResNet-8, ResNet-56 ->
-# ResNet-8, on CIFAR-10; 10 classes of photographs) and shapes. Not tried: gpu, which takes the
-# sizes of the literature.
+# What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
-    "cpu": {},
-    # Runs of 100 s gave 65 to 85 % with the adversarial term, 81 to 84 % without it.
     "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0,
-                   student_lr=0.1),
-    "gpu": dict(generator_width=128, synth_batch=400, synth_steps=30, batch_size=512, kd_steps=400,
-                bank_capacity=100_000, teacher_epochs=200, eval_every=5),
+                   student_lr=0.1, probe_dataset="shapes-unseen"),
+    "cuda": dict(generator_width=128, synth_batch=400, synth_steps=30, batch_size=512, kd_steps=400,
+                 bank_capacity=100_000, teacher_epochs=200, eval_every=5),      # not run yet
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
-MAY_CHANGE_ON_RESUME = {"resume", "out", "device", "data_root", "overwrite", "eval_every",
-                        "probe_dataset"}
+FREE_ON_RESUME = {"resume", "out", "device", "data_root", "eval_every", "probe_dataset",
+                  "detection", "detection_dataset", "detection_size", "debug"}
 
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-class OneLineParser(argparse.ArgumentParser):
-    """Wrong flags end like all wrong input, without a page of usage."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; --help lists the flags")
-
-
-def parse_args(argv: list[str] | None) -> tuple[Config, set[str]]:
-    """Command line -> (settings, names of those given). Needs no network, data or device."""
-    parser = OneLineParser(description="CAE-DFKD: data-free knowledge distillation.",
-                           argument_default=argparse.SUPPRESS)
-    groups = {name: parser.add_argument_group(name) for name in (
-        "run", "networks", "synthesis", "distillation")}
+def parse_args(argv: list[str] | None) -> Config:
+    """Command line -> settings; with --resume those of the run's config.json, few of them free."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
+                                     description=__doc__.split(".")[0], allow_abbrev=False)
     for f in dataclasses.fields(Config):                 # f.type is the annotation's text
-        kw = {k: v for k, v in f.metadata.items() if k not in ("group", "range")}
-        kw["help"] += f" (default: {f.default})"
-        if f.type == "bool":
-            kw["action"] = argparse.BooleanOptionalAction
-        else:
-            kw["type"] = float if "float" in f.type else int if f.type == "int" else str
-        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), **kw)
-    given = {k: tuple(v) if isinstance(v, list) else v
-             for k, v in vars(parser.parse_args(argv)).items()}
-    config = Config(**given)
-    config.device = pick_device(config.device)
-    if config.preset == "auto":
-        config.preset = "gpu" if config.device == "cuda" else "cpu"
-        config.preset = "shapes" if config.dataset == "shapes" else config.preset
-    for name in PRESETS[config.preset].keys() - given.keys():
-        setattr(config, name, PRESETS[config.preset][name])
-    check(config)
+        kind = float if "float" in f.type else int if f.type == "int" else str
+        how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {"type": kind}
+        parser.add_argument(flag_of(f.name), **how, **f.metadata["flag"],
+                            help=f"{f.metadata['help']} (default: {f.default})")
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        last = Path(given.get("out", "runs"), "last.pt")
+        if not last.is_file():
+            raise UserError(f"nothing to resume: there is no {last}")
+        stored = json.loads(last.with_name("config.json").read_text())
+        for name in given.keys() - FREE_ON_RESUME:
+            if given[name] != stored[name]:
+                raise UserError(f"a resumed run keeps its settings; {flag_of(name)} would change")
+        given = stored | given
+    here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    device = given.get("device", "auto")
+    device = given["device"] = (here or "cpu") if device == "auto" else device
+    if device not in ("cpu", here):
+        raise UserError(f"--device {device}: this machine has none")
+    preset = "shapes" if given.get("dataset", "shapes") == "shapes" else device
+    config = Config(**PRESETS.get(preset, {}) | given)
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
-    if config.dataset == "shapes":
-        config.probe_dataset = config.probe_dataset or "shapes-unseen"
-    config.out = config.out or "_".join(
-        ("runs/" + dataset_name(config.dataset), config.teacher, config.student, str(config.seed)))
-    return config, set(given)
+    if config.precision == "auto":                       # bf16 only where it is not emulated
+        bf16 = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
+                "cuda": lambda: torch.cuda.is_bf16_supported(False)}
+        config.precision = "bf16" if bf16.get(device, bool)() else "fp32"
+    return config
 
+def autocast(like: Tensor, config: Config) -> torch.autocast:
+    """bf16 for the networks if config.precision says so; losses compute in float32 all the same."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
-def check(config: Config) -> None:
-    """Raise UserError, which names the flag, for a setting of a wrong type or out of its range."""
-    for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        if value is None and f.default is None:
-            continue
-        kind, flag = f.type.split("[")[0].split(" ")[0], "--" + f.name.replace("_", "-")
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple": tuple}[kind]
-        length = {3: (3,), "+": range(1, 65)}.get(f.metadata.get("nargs"))
-        if (not isinstance(value, kinds) or isinstance(value, bool) and kind != "bool"
-                or value == "" or length and len(value) not in length):
-            raise UserError(f"{flag} {value!r} should be a {kind}")
-        if value not in f.metadata.get("choices", [value]):
-            raise UserError(f"{flag} {value!r} should be one of {f.metadata['choices']}")
-        if kind in ("int", "float", "tuple"):
-            least = 0 if f.name.startswith("lambda") else 1 if kind == "int" else 1e-9
-            low, high = f.metadata.get("range", (least, 1e9))
-            for number in value if kind == "tuple" else [value]:
-                if not (isinstance(number, (int, float)) and low <= number <= high):
-                    raise UserError(f"{flag} {number} is out of range, {low:g} to {high:g}")
-    if not config.decoupled and (config.real_kd or not config.cend):
-        raise UserError("--no-decoupled goes neither with --no-cend, where no category would reach "
-                        "the generator, nor with --real-kd")
+# ===== 2. Teacher: networks, safe loading, public files, training one that nobody offers ==========
 
-
-def pick_device(name: str) -> str:
-    """auto -> cuda, mps or cpu, the first that is there; UserError for one that is not."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if not there.get(name, True):
-        raise UserError(f"--device {name}: this machine has none")
-    return next(k for k in there if there[k]) if name == "auto" else name
-
-
-def pick_precision(name: str, device: str) -> str:
-    """auto -> bf16 where the hardware multiplies in it, and is faster for it; else fp32."""
-    fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "mps": bool,
-            "cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)}
-    return ("bf16" if fast[device]() else "fp32") if name == "auto" else name
-
-
-def set_numerics(config: Config) -> None:
-    """Precision of this run: bf16 networks, on a GPU with TF32 for the rest, or all in float32."""
-    config.precision = pick_precision(config.precision, config.device)
-    if config.device == "cuda":
-        torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
-        torch.set_float32_matmul_precision("high" if config.precision == "bf16" else "highest")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")          # before CUDA begins
-    torch.use_deterministic_algorithms(config.deterministic)
-
-
-def keep_freed_memory() -> None:
-    """glibc: keep freed blocks instead of fetching zeroed pages from the system for each step."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)                                                   # M_MMAP_MAX
-        mallopt(-1, 2 ** 31 - 1)                                         # M_TRIM_THRESHOLD
-
-
-# ===== 2. Data: only to train a missing teacher and to evaluate; `distill` sees none of it ========
-
-# Shapes in local coordinates: u right, v down, r radius, m = max(|u|, |v|). The first ten make up
-# the embedded data set, the others are the unseen categories of its linear probe.
-SHAPES: dict[str, Callable] = {
-    "disc": lambda u, v, r, m: r < 0.9,
-    "ring": lambda u, v, r, m: (r > 0.55) & (r < 1),
-    "square": lambda u, v, r, m: m < 0.8,
-    "frame": lambda u, v, r, m: (m > 0.5) & (m < 0.9),
-    "triangle": lambda u, v, r, m: (v < 0.7) & (v > 2 * abs(u) - 0.9),
-    "cross": lambda u, v, r, m: (np.minimum(abs(u), abs(v)) < 0.25) & (m < 1),
-    "saltire": lambda u, v, r, m: (abs(abs(u) - abs(v)) < 0.35) & (m < 0.9),
-    "bars": lambda u, v, r, m: (np.sin(8 * v) > 0) & (m < 1),
-    "checker": lambda u, v, r, m: (np.sin(5 * u) * np.sin(5 * v) > 0) & (m < 1.1),
-    "star": lambda u, v, r, m: r < 0.6 + 0.4 * np.cos(5 * np.arctan2(u, -v)),
-    "diamond": lambda u, v, r, m: abs(u) + abs(v) < 1,
-    "half": lambda u, v, r, m: (r < 1) & (v > 0),
-    "crescent": lambda u, v, r, m: (r < 1) & ((u - 0.5) ** 2 + v ** 2 > 0.6),
-    "dots": lambda u, v, r, m: (abs(u) - 0.55) ** 2 + (abs(v) - 0.55) ** 2 < 0.13,
-    "ell": lambda u, v, r, m: (m < 0.9) & ((u < -0.3) | (v > 0.3)),
-    "hourglass": lambda u, v, r, m: (abs(u) < abs(v)) & (abs(v) < 0.9),
-}
-
-
-def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
-    """n images, uint8 (n, 3, size, size), and labels. Place, size, angle, colours, noise vary."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % len(names))
-
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
-
-    x, y, angle = (uniform(-0.35, 0.35, 1, 1) for _ in range(3))
-    scale = uniform(0.4, 0.65, 1, 1)
-    yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
-    dx, dy = (xx - x) / scale, (yy - y) / scale                          # (n, size, size)
-    u = dx * np.cos(angle) + dy * np.sin(angle)
-    v = dy * np.cos(angle) - dx * np.sin(angle)
-    mask = np.zeros(u.shape, dtype=bool)
-    for k, name in enumerate(names):
-        i = labels == k
-        mask[i] = SHAPES[name](u[i], v[i], np.hypot(u[i], v[i]), np.maximum(abs(u[i]), abs(v[i])))
-    back, fore = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    faint = abs(fore - back).max(1, keepdims=True) < 0.4
-    fore = np.where(faint, (back + 0.5) % 1, fore)
-    shade = uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
-    noise = rng.standard_normal((n, 3, size, size), np.float32) * uniform(0, 0.06, 1, 1, 1)
-    images = (np.where(mask[:, None], fore, back + shade) + noise).clip(0, 1)
-    return TensorDataset(torch.from_numpy((images * 255).round().astype(np.uint8)),
-                         torch.from_numpy(labels))
-
-
-BUILT_IN = {   # name: (class in torchvision.datasets, its files under --data-root, (mean, std))
-    "cifar10": ("CIFAR10", "cifar-10-batches-py/",
-                ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
-    "cifar100": ("CIFAR100", "cifar-100-python/",
-                 ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))),
-    "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat",
-             ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971))),
-    "stl10": ("STL10", "stl10_binary/", ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713))),
-}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def dataset_name(dataset: str) -> str:
-    """A name for files; folders of one name are told apart by a checksum of their place."""
-    if dataset in (*BUILT_IN, "shapes", "shapes-unseen"):
-        return dataset
-    place = Path(dataset).resolve()
-    return f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"
-
-
-def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, list[str]]:
-    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names).
-
-    dataset: as in `Config`. What fits into 2 GiB is decoded once and kept in memory.
-    Raises UserError in one line.
-    """
-    if dataset in ("shapes", "shapes-unseen"):
-        names = list(SHAPES)[:10] if dataset == "shapes" else list(SHAPES)[10:]
-        n, seed = {"train": (5000, 1), "test": (2000, 2)}[split]
-        return draw_shapes(n, names, seed, size), names
-    transform = transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
-    help_line = f"name shapes, {', '.join(BUILT_IN)} or a folder with train/ and test/ (or val/)"
-    try:
-        if dataset in BUILT_IN:
-            kind, files, _ = BUILT_IN[dataset]
-            help_line = f"without a network, put {files} into {root}/"
-            which = {"train": split == "train"} if "cifar" in dataset else {"split": split}
-            data = getattr(torchvision.datasets, kind)(
-                root, **which, transform=transform, download=True)
-        else:
-            folder = Path(dataset, split)
-            if split == "test" and not folder.is_dir():
-                folder = Path(dataset, "val")
-            data = torchvision.datasets.ImageFolder(str(folder), transform, loader=read_image)
-        classes = getattr(data, "classes", None) or [str(k) for k in range(10)]
-        if len(data) * 3 * size * size <= 2 << 30:
-            batches = list(DataLoader(data, batch_size=256))
-            data = TensorDataset(*(torch.cat(part) for part in zip(*batches)))
-    except (OSError, RuntimeError, ImportError) as error:
-        if isinstance(error, ImportError):
-            help_line = "torchvision reads svhn with scipy: pip install scipy"
-        raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
-                        f"{help_line}") from error
-    if len(classes) < 2:
-        raise UserError(f"{dataset!r} ({split}) has one class only; two are needed to tell apart")
-    return data, classes
-
-
-def read_image(path: str) -> Image.Image:
-    """An image file of any kind as RGB; a broken one is named."""
-    try:
-        with Image.open(path) as image:
-            if max(image.size) > 100 * min(image.size):  # would be resized to a huge one
-                raise ValueError(f"it is {image.size[0]} x {image.size[1]} pixels")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {first_line(error)}; remove or replace it"
-                        ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def to_float(images: Tensor, device: str | torch.device) -> Tensor:
-    """uint8 (or float) images -> float32 in [0, 1] on the device, channels last."""
-    images = images.to(device, non_blocking=True)
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def augment(images: Tensor, pad: int = 4) -> Tensor:
-    """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
-    (b, _, h, w), device = images.shape, images.device
-
-    def reflect(i: Tensor, n: int) -> Tensor:            # pixel outside 0..n-1 -> its mirror image
-        return n - 1 - (n - 1 - i.abs()).abs()
-
-    top, left = torch.randint(-pad, pad + 1, (2, b, 1), device=device)
-    columns = torch.arange(w, device=device)
-    columns = torch.where(torch.rand(b, 1, device=device) < 0.5, w - 1 - columns, columns)
-    rows = reflect(top + torch.arange(h, device=device), h)[:, :, None]                 # (B, H, 1)
-    columns = reflect(left + columns, w)[:, None, :]                                    # (B, 1, W)
-    image = torch.arange(b, device=device)[:, None, None]
-    where = (image * h + rows) * w + columns                                         # (B, H, W)
-    pixels = images.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, where.flatten())
-    return pixels.view(b, h, w, -1).permute(0, 3, 1, 2)
-
-
-# ===== 3. Networks and teacher loading ============================================================
-
-class ShortcutA(nn.Module):
-    """Shortcut "option A" of He et al.: every second pixel, missing channels are zero."""
-
-    def __init__(self, width: int, out: int, stride: int):
-        super().__init__()
-        self.stride, self.pad = stride, (out - width) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A pooling of one pixel: plain slices have a gradient that is not channels last.
-        return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, self.pad, self.pad))
-
+def named(**layers: nn.Module) -> nn.Sequential:
+    """A chain of layers; their names are those of the parameters in public files."""
+    return nn.Sequential(OrderedDict(layers))
 
 def stage(block: Callable, width: int, out: int, blocks: int, stride: int) -> nn.Sequential:
     """A stage of a residual network: the first block changes width and resolution."""
     rest = [block(out, out, 1) for _ in range(blocks - 1)]
     return nn.Sequential(block(width, out, stride), *rest)
 
+def cifar_resnet(n: int, num_classes: int, projection: bool = False) -> nn.Sequential:
+    """ResNet-(6n+2) of He et al. for CIFAR, with 16, 32, 64 channels.
 
-class CifarResNet(nn.Module):
-    """ResNet-(6n+2) of He et al. for CIFAR: 16, 32, 64 channels; x (B, 3, H, W) -> (B, K).
-
-    projection: 1x1 convolutions as shortcuts, the variant of some public checkpoints.
+    Shortcuts where these change: every second pixel and zeros for the missing channels ("option
+    A"); projection: 1x1 convolutions ("option B"), as in some public files.
     """
+    def block(width: int, out: int, stride: int) -> BasicBlock:
+        if width == out:
+            return BasicBlock(width, out)
+        if projection:
+            layers = nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+        else:                                            # slicing would be slow backwards
+            pad = (out - width) // 2
+            layers = nn.AvgPool2d(1, stride), nn.ConstantPad3d((0, 0, 0, 0, pad, pad), 0.0)
+        return BasicBlock(width, out, stride, nn.Sequential(*layers))
 
-    def __init__(self, n: int, num_classes: int, projection: bool = False):
-        super().__init__()
-
-        def block(width: int, out: int, stride: int) -> BasicBlock:
-            if width == out:
-                return BasicBlock(width, out)
-            return BasicBlock(width, out, stride, nn.Sequential(
-                nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-                if projection else ShortcutA(width, out, stride))
-
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = stage(block, 16, 16, n, 1)
-        self.layer2, self.layer3 = stage(block, 16, 32, n, 2), stage(block, 32, 64, n, 2)
-        self.fc = nn.Linear(64, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
+    return named(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(16),
+                 relu=nn.ReLU(), layer1=stage(block, 16, 16, n, 1),
+                 layer2=stage(block, 16, 32, n, 2), layer3=stage(block, 32, 64, n, 2),
+                 avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                 fc=nn.Linear(64, num_classes))
 
 class PreActBlock(nn.Module):
-    """Pre-activation block of wide ResNets, with the parameter names of the public checkpoints."""
+    """Pre-activation block of wide ResNets, with the parameter names of the public files."""
 
     def __init__(self, width: int, out: int, stride: int):
         super().__init__()
@@ -498,45 +256,48 @@ class PreActBlock(nn.Module):
         shortcut = self.convShortcut(y) if self.convShortcut else x
         return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y))))
 
+def wide_resnet(depth: int, k: int, num_classes: int) -> nn.Sequential:
+    """WRN-depth-k of Zagoruyko and Komodakis."""
+    n = (depth - 4) // 6
+    return named(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False),
+                 block1=named(layer=stage(PreActBlock, 16, 16 * k, n, 1)),
+                 block2=named(layer=stage(PreActBlock, 16 * k, 32 * k, n, 2)),
+                 block3=named(layer=stage(PreActBlock, 32 * k, 64 * k, n, 2)),
+                 bn1=nn.BatchNorm2d(64 * k), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1),
+                 flatten=nn.Flatten(), fc=nn.Linear(64 * k, num_classes))
 
-class WideResNet(nn.Module):
-    """WRN-depth-k of Zagoruyko and Komodakis; x (B, 3, H, W) -> (B, K)."""
-
-    def __init__(self, depth: int, k: int, num_classes: int):
-        super().__init__()
-        self.conv1, width, n = nn.Conv2d(3, 16, 3, padding=1, bias=False), 16, (depth - 4) // 6
-        for i, out in enumerate((16 * k, 32 * k, 64 * k), 1):
-            layer = stage(PreActBlock, width, out, n, 1 if i == 1 else 2)
-            setattr(self, f"block{i}", nn.Sequential(OrderedDict(layer=layer)))
+def cifar_vgg11(num_classes: int, image_size: int) -> nn.Sequential:
+    """VGG-11 with BatchNorm in the five-block CIFAR layout of the public files."""
+    blocks, width = {}, 3
+    for i, outs in enumerate(((64,), (128,), (256, 256), (512, 512), (512, 512))):
+        layers = []
+        for out in outs:
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
             width = out
-        self.bn1, self.fc = nn.BatchNorm2d(width), nn.Linear(width, num_classes)
+        blocks[f"block{i}"] = nn.Sequential(*layers)
+        if i < (3 if image_size < 64 else 4):            # as many poolings as in the public code
+            blocks[f"pool{i}"] = nn.MaxPool2d(2)
+    return named(**blocks, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                 classifier=nn.Linear(width, num_classes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+def build_model(arch: str, num_classes: int, image_size=32, projection=False) -> nn.Module:
+    """An untrained network by its literature name, x (B, 3, H, W) -> logits (B, K).
 
-
-class CifarVGG(nn.Module):
-    """VGG-11 with BatchNorm in the five-block CIFAR layout; x (B, 3, H, W) -> (B, K)."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        width = 3
-        for i, outs in enumerate(((64,), (128,), (256, 256), (512, 512), (512, 512))):
-            layers = []
-            for out in outs:
-                layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
-                width = out
-            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))      # last ReLU: in forward
-        self.classifier = nn.Linear(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pools = 3 if x.shape[-1] < 64 else 4                             # as the public code does
-        for i in range(5):
-            x = F.relu(getattr(self, f"block{i}")(x))
-            x = F.max_pool2d(x, 2) if i < pools else x
-        return self.classifier(x.mean((2, 3)))
-
+    resnet18/34/50 are torchvision's; below 128 pixels with a 3x3 stem and no first pooling.
+    Raises UserError that lists the known names.
+    """
+    if arch not in ARCHITECTURES:
+        raise UserError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    if arch == "vgg11":
+        return cifar_vgg11(num_classes, image_size)
+    if arch.startswith("wrn"):
+        return wide_resnet(*map(int, arch[3:].split("_")), num_classes)
+    if arch not in ("resnet18", "resnet34", "resnet50"):
+        return cifar_resnet((int(arch[6:]) - 2) // 6, num_classes, projection)
+    model = getattr(torchvision.models, arch)(num_classes=num_classes)
+    if image_size < 128:
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model
 
 class Normalize(nn.Module):
     """Images in [0, 1] -> what the network was trained on. No part of the state dict."""
@@ -549,150 +310,140 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
-
-ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet18", "resnet34",
-                 "resnet50", "wrn16_1", "wrn16_2", "wrn40_1", "wrn40_2", "vgg11")
-
-
-def build_model(arch: str, num_classes: int, image_size=32, projection=False) -> nn.Module:
-    """An untrained network by its literature name; raises UserError that lists the known ones.
-
-    resnet18/34/50 are torchvision's; below 128 pixels with a 3x3 stem and no first pooling.
-    """
-    if arch not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
-    if arch == "vgg11":
-        return CifarVGG(num_classes)
-    if arch.startswith("wrn"):
-        return WideResNet(*map(int, arch[3:].split("_")), num_classes)
-    if arch not in ("resnet18", "resnet34", "resnet50"):
-        return CifarResNet((int(arch[6:]) - 2) // 6, num_classes, projection)
-    model = getattr(torchvision.models, arch)(num_classes=num_classes)
-    if image_size < 128:
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    return model
-
-
 def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
-    """Network that takes images in [0, 1]; convolutions run channels last."""
-    model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), net=net))
-    return model.to(memory_format=torch.channels_last)
+    """Network that takes images in [0, 1]; convolutions run channels last, the faster layout."""
+    return named(normalize=Normalize(mean, std), net=net).to(memory_format=torch.channels_last)
 
+def last_layer(model: nn.Module, kind: type) -> nn.Module:
+    """The last layer of a kind, in the order of definition; raises UserError if there is none."""
+    layers = [m for m in model.modules() if isinstance(m, kind)]
+    if not layers:
+        raise UserError(f"the network has no nn.{kind.__name__}, so no embedding to read")
+    return layers[-1]
+
+@contextlib.contextmanager
+def listen(*layers: nn.Module, keep: Callable[[Tensor], object] = lambda x: x):
+    """`with listen(*layers) as heard: model(x)`, then heard[layer]: what entered it, by `keep`."""
+    heard = {}
+    hooks = [layer.register_forward_pre_hook(
+        lambda layer, args: heard.update({layer: keep(args[0])})) for layer in layers]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (B, K), embedding f (B, D)): f is what enters the network's last nn.Linear."""
+    classifier = last_layer(model, nn.Linear)
+    with listen(classifier) as heard:
+        return model(x), heard[classifier]
 
 def load_safely(path: str | Path):
     """torch.load of tensors and plain types only: nothing in the file is ever executed."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
-        if zipfile.is_zipfile(path):                     # torch stores tensors as they are
-            with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > 2 * os.path.getsize(path):
-                raise UserError(f"{path} would expand to {size:,} bytes; save it anew")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:                           # whatever a broken or hostile file raises
         raise UserError(f"{path} is damaged, or no file of plain tensors; of a pickled module save "
                         f"the state_dict()") from error
 
-
-def read_checkpoint(path: str) -> dict:
+def read_checkpoint(path: str | Path) -> dict:
     """A weights file -> {"state_dict": tensors by name, more}; a bare state dict will do."""
     stored = load_safely(path)
-    if not (isinstance(stored, dict) and "state_dict" in stored):
-        stored = {"state_dict": stored}
-    state = stored["state_dict"]
-    if not (isinstance(state, dict) and state
-            and all(isinstance(k, str) and is_plain(v) for k, v in state.items())):
-        raise UserError(f"{path} holds no state dict of plain tensors")
-    for key, value in state.items():
-        if not value.float().isfinite().all():
-            raise UserError(f"{path}: {key} is not finite; this network is broken")
-    for key in ("mean", "std"):
-        row = stored.get(key, (1.0,) * 3)
-        if not (isinstance(row, (list, tuple)) and len(row) == 3 and all(
-                isinstance(v, (int, float)) and -1e3 <= v <= 1e3 and (v > 1e-6 or key == "mean")
-                for v in row)):
-            raise UserError(f"{path}: its {key} should be three numbers")
-    return stored
+    return stored if isinstance(stored, dict) and "state_dict" in stored else {"state_dict": stored}
 
-
-def is_plain(value) -> bool:
-    """A dense tensor whose numbers are all there: an expanded one could fill the memory."""
-    return (isinstance(value, Tensor) and value.layout == torch.strided
-            and not (value.is_quantized or value.is_complex() or value.is_meta)
-            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
-
-
-def load_teacher(arch: str, num_classes: int, path: str, mean=None, std=None, image_size=32
-                 ) -> nn.Sequential:
+def load_teacher(arch: str, num_classes: int, path: str | Path, mean=None, std=None,
+                 default=((0, 0, 0), (1, 1, 1)), image_size: int = 32) -> nn.Sequential:
     """A public checkpoint -> frozen network in eval mode that takes images in [0, 1].
 
     Strips `module.`, maps head names linear / fc / classifier and shortcut / downsample, then loads
-    strictly. Normalisation: the arguments, else what the file stores, else none.
-    Raises UserError with the first missing and unexpected key, or with the two shapes that differ.
+    strictly. Normalisation: mean and std, else what the file stores, else `default`.
+    Raises UserError with the keys that are missing or unexpected, or with shapes that differ.
     """
-    stored = read_checkpoint(path)
-    state, head = {}, "classifier" if arch == "vgg11" else "fc"
-    for key, value in stored["state_dict"].items():
-        key = key.removeprefix("module.").replace(".shortcut.", ".downsample.")
-        first, _, rest = key.partition(".")
-        state[f"{head}.{rest}" if first in ("linear", "fc", "classifier") else key] = value
-    net = build_model(arch, num_classes, image_size, any(".downsample." in k for k in state))
-    want = net.state_dict()
-    missing = [k for k in want if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in want]
-    if missing or extra:
-        raise UserError(f"{path} is no {arch}: missing {missing[:1]}, unexpected {extra[:1]}")
-    for k, v in state.items():
-        if v.shape != want[k].shape:
-            raise UserError(f"{path} does not fit {arch} with {num_classes} classes: {k} is "
-                            f"{tuple(v.shape)} there, {tuple(want[k].shape)} here")
-    net.load_state_dict(state)
-    mean, std = mean or stored.get("mean") or (0, 0, 0), std or stored.get("std") or (1, 1, 1)
-    return with_normalisation(net, mean, std).eval().requires_grad_(False)
+    stored, head, state = read_checkpoint(path), "classifier" if arch == "vgg11" else "fc", {}
+    try:
+        for key, value in stored["state_dict"].items():
+            key = key.removeprefix("module.").replace(".shortcut.", ".downsample.")
+            first, _, rest = key.partition(".")
+            state[f"{head}.{rest}" if first in ("linear", "fc", "classifier") else key] = value
+        net = build_model(arch, num_classes, image_size, any(".downsample." in k for k in state))
+        counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
+        net.load_state_dict(counters | state)            # old files lack these counters
+        if mean is None:
+            mean, std = (stored.get(key, other) for key, other in zip(("mean", "std"), default))
+        return with_normalisation(net, mean, std).eval().requires_grad_(False)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no {arch} with {num_classes} classes: "
+                        f"{' '.join(str(error).split()):.300}") from error
 
+def export(model: nn.Sequential, arch: str, **more) -> dict:
+    """Weights, architecture, normalisation, all on the CPU: a file that `load_teacher` reads."""
+    return {"state_dict": {k: v.cpu() for k, v in model.net.state_dict().items()}, "arch": arch,
+            "mean": model.normalize.mean.flatten().tolist(),
+            "std": model.normalize.std.flatten().tolist(), **more}
 
-def last_linear(model: nn.Module) -> nn.Linear:
-    """The classifier head of a network; raises UserError if it has none."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise UserError("the network has no nn.Linear, so no classifier head and no embedding")
-    return linears[-1]
+def save_atomic(thing, path: Path) -> None:
+    """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(thing) if isinstance(thing, str) else torch.save(thing, temporary)
+    os.replace(temporary, path)
 
+def snapshot(parts: list, device: str) -> dict:
+    """State dicts of networks and optimisers, and the global random states of CPU and device."""
+    sources = [torch] if device == "cpu" else [torch, getattr(torch, device)]
+    return {"parts": [part.state_dict() for part in parts],
+            "random": [source.get_rng_state() for source in sources]}
 
-class Embedding:
-    """`with Embedding(model) as f: model(x); f.value` (B, D): what entered its last nn.Linear."""
+def restore(saved: dict, parts: list, device: str) -> None:
+    """The inverse of `snapshot`."""
+    for part, state in zip(parts, saved["parts"], strict=True):
+        part.load_state_dict(state)
+    for source, state in zip((torch, getattr(torch, device)), saved["random"]):
+        source.set_rng_state(state)
 
-    def __init__(self, model: nn.Module):
-        self.classifier = last_linear(model)
+def to_float(images: Tensor, device: str | torch.device) -> Tensor:
+    """uint8 (or float) images -> float32 in [0, 1] on the device, channels last."""
+    images = images.to(device, non_blocking=True)
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.contiguous(memory_format=torch.channels_last)
 
-    def __enter__(self) -> Embedding:
-        self.hook = self.classifier.register_forward_pre_hook(self.keep)
-        return self
+def augment(images: Tensor, pad: int = 4) -> Tensor:
+    """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
+    (b, _, h, w), device = images.shape, images.device
+    top, left = pad + torch.randint(-pad, pad + 1, (2, b, 1), device=device)
+    flip = torch.rand(b, 1, device=device) < 0.5
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    rows, columns = top + rows, left + torch.where(flip, w - 1 - columns, columns)  # (B, H), (B, W)
+    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)
+    image = torch.arange(b, device=device)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
-    def __exit__(self, *error) -> None:
-        self.hook.remove()
+def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, status: Callable
+                  ) -> None:
+    """Supervised training of a teacher, into `path`: SGD, one-cycle, crop and flip. [our choice]
 
-    def keep(self, classifier: nn.Module, args: tuple) -> None:
-        self.value = args[0]
-
-
-def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits (B, K), embedding f (B, D)): f is what enters the network's last nn.Linear."""
-    with Embedding(model) as f:
-        return model(x), f.value
-
-
-def train_classifier(model: nn.Module, data: Dataset, config: Config, status: Callable) -> None:
-    """Supervised training of a teacher that does not exist yet: SGD, one-cycle, crop and flip."""
+    After each epoch its state goes to a file beside `path`, from where the same call goes on.
+    """
+    some = torch.stack([data[i][0] for i in range(0, len(data), max(1, len(data) // 2000))])
+    std, mean = torch.std_mean(some.float() / 255, (0, 2, 3))
+    mean, std = NORMALISATION.get(config.dataset, (mean, std.clamp_min(1e-3)))   # of a flat one
+    net = build_model(config.teacher, num_classes, config.image_size)
+    model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
     loader = DataLoader(data, batch_size=128, shuffle=True, drop_last=len(data) > 128)
+    total, step = config.teacher_epochs * len(loader), 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
-    steps = config.teacher_epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
+    parts, settings = [model, optimizer, schedule], [total, config.seed, config.precision]
+    unfinished = path.with_suffix(".unfinished")
+    if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
+        restore(saved, parts, config.device)
+        step = saved["step"]
+    begin, start = step, time.monotonic()
     model.train()
-    for epoch in range(config.teacher_epochs):
+    while step < total:
         for images, labels in loader:
             images = augment(to_float(images, config.device))
             with autocast(images, config):
@@ -702,36 +453,105 @@ def train_classifier(model: nn.Module, data: Dataset, config: Config, status: Ca
             loss.backward()
             optimizer.step()
             schedule.step()
-        status(f"training the teacher: epoch {epoch + 1} of {config.teacher_epochs}, "
-               f"loss {loss.item():.3f}")
-    model.eval()
+            step += 1
+            each = (time.monotonic() - start) / (step - begin)           # seconds
+            status(f"training the teacher: {step / total:.0%} of {config.teacher_epochs} epochs, "
+                   f"{128 / each:.0f} images/s, {each * (total - step) / 60:.1f} minutes left")
+        saved = snapshot(parts, config.device) | {"settings": settings, "step": step}
+        save_atomic(saved, unfinished)
+    save_atomic(export(model, config.teacher, epochs=config.teacher_epochs), path)
+    unfinished.unlink()
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # mean, std
+NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+                 "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+                 "svhn": ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)),
+                 "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713))}
+AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
+CHENYAOFO = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/cifar100_"
+EDADALTOCG = "https://huggingface.co/edadaltocg/resnet{}_{}/resolve/main/pytorch_model.bin"
+# (data set, network): (address, SHA-256 or its beginning, stated accuracy in %, mean and std)
+PUBLIC_TEACHERS = {
+    **{("cifar10", f"resnet{n}"): (f"{AKAMASTER}resnet{n}-{sha}.th", sha, stated, IMAGENET)
+       for n, sha, stated in ((20, "12fca82f", 91.7), (32, "d509ac18", 92.6),
+                              (44, "014dd654", 93.1), (56, "4bfd9763", 93.4))},
+    **{("cifar100", f"resnet{n}"): (f"{CHENYAOFO}resnet{n}-{sha}.pt", sha, stated,
+                                    NORMALISATION["cifar100"])
+       for n, sha, stated in ((20, "23dac2f1", 68.8), (32, "84213ce6", 70.2),
+                              (44, "ffe32858", 71.6), (56, "f2eff4c8", 72.6))},
+    **{(data, f"resnet{n}"): (EDADALTOCG.format(n, data), sha, stated, NORMALISATION[data])
+       for data, n, stated, sha in (
+        ("cifar10", 18, 94.98, "f656242526b567dbd46857276acbcfcb4ee74a7f8a7ae5e56557b7e8fa5d914a"),
+        ("cifar10", 34, 95.4, ""),                       # no digest known
+        ("cifar10", 50, None, "600e3f79fa41bc7c91d751a65b29b1ed2733345f8b6908381caa79a32ff28a6e"),
+        ("cifar100", 18, None, "d214f848520df67ed2396aad73888ad52c587239ba842b8d8479d6ad8d3dc32b"),
+        ("cifar100", 34, None, "6c289529717391309146c2ba0b28e425cbb1f8586c8c93c40499405d8ee72f1e"),
+       )},
+}
 
-# ===== 4. CEND and generator. Here the method begins: no files, data sets, logs, arguments ========
+def dataset_name(dataset: str) -> str:
+    """A name for files; folders of one name are told apart by a checksum of their place."""
+    place = Path(dataset).resolve()
+    known = dataset in NORMALISATION or dataset.startswith("shapes")
+    return dataset if known else f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"
 
-def category_prior(embeddings: Tensor) -> Tensor:
-    """Raw category embeddings (K, E) -> centred, scaled by one number.                [choice 1]
+def get_teacher(config: Config, num_classes: int, train_data: Callable, status: Callable
+                ) -> nn.Sequential:
+    """Frozen teacher: --teacher-ckpt, else the file in checkpoints/, else a public one, else a new.
 
-    Language embeddings of class names are almost parallel, so they are centred. They span r =
-    min(K-1, E) directions and get a mean squared length of r: noise of magnitude 1 is as strong as
-    the category, on average over these directions, whatever E is.
+    train_data() is called to train one. Normalisation: the flags, else what the file stores, else
+    that of the public teacher which the file is, else the data set's, else ImageNet's.
+    """
+    name, size = f"{dataset_name(config.dataset)}_{config.teacher}", config.image_size
+    path = own = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
+    address, sha, *_ = PUBLIC_TEACHERS.get((config.dataset, config.teacher), ("", ""))
+    if config.teacher_ckpt:
+        path = Path(config.teacher_ckpt)
+    elif address and size == 32 and not (own.exists() or config.train_teacher):
+        path = own.with_stem(f"{name}-{sha}")            # torch.hub reads the digest off the name
+        try:
+            torch.hub.load_state_dict_from_url(address, str(own.parent), "cpu", True, bool(sha),
+                                               path.name, weights_only=True)
+        except Exception as error:
+            raise UserError(f"cannot fetch {address} ({first_line(error)}): put the file there as "
+                            f"{path}, or --train-teacher") from error
+    # One that was trained here is taken only if for as long as is asked for now.
+    elif not own.exists() or read_checkpoint(own).get("epochs", config.teacher_epochs) != (
+            config.teacher_epochs):
+        status(f"training {config.teacher} for {config.teacher_epochs} epochs, into {own}", True)
+        train_teacher(config, num_classes, train_data(), own, status)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    default, source = NORMALISATION.get(config.dataset, IMAGENET), str(path)
+    for address, sha, stated, mean_std in PUBLIC_TEACHERS.values():
+        if sha and digest.startswith(sha):
+            default, source = mean_std, f"{path}, {address}, stated accuracy {stated or '?'} %"
+    status(f"teacher weights: {source}", True)
+    return load_teacher(config.teacher, num_classes, path, config.mean, config.std, default,
+                        size).to(config.device)
+
+# ===== 3. CEND, generator, memory bank. The method begins: no files, clocks, ranks, arguments =====
+
+def centre_and_scale(embeddings: Tensor) -> Tensor:
+    """Raw category embeddings (K, E) -> centred and scaled by one number.           [our choice]
+
+    Language embeddings of class names are almost parallel, so they are centred. They then span
+    r = min(K-1, E) directions, and get a mean squared length of r: along these directions noise of
+    magnitude 1 is as strong as the differences between categories, whatever E is.
     """
     e = embeddings.float() - embeddings.float().mean(0)
     r = min(len(e) - 1, e.shape[1])
     return e * math.sqrt(r) / e.square().sum(1).mean().sqrt().clamp_min(1e-12)
 
-
-NOISE_SOURCES: tuple[Callable[[Tensor], Tensor], ...] = (   # zero mean, unit variance   [choice 2]
+NOISE_SOURCES: tuple[Callable[[Tensor], Tensor], ...] = (   # zero mean, unit variance [our choice]
     torch.randn_like,                                       # Gaussian
     lambda x: (2 * torch.rand_like(x) - 1) * math.sqrt(3),  # uniform
     lambda x: torch.distributions.Laplace(
-        torch.zeros_like(x), math.sqrt(0.5), validate_args=False).sample(),             # Laplace
+        torch.zeros_like(x), math.sqrt(0.5), validate_args=False).sample(),         # Laplace
     lambda x: 2.0 * torch.randint_like(x, 2) - 1,           # Rademacher
 )
 
-
 class CEND(nn.Module):
-    """Category embedding noise diffusion, eq. 1 (paper; how n is drawn is ours, choice 2).
+    """Category embedding noise diffusion, eq. 1 (paper; families and the draw of n are ours).
 
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
@@ -754,11 +574,10 @@ class CEND(nn.Module):
         q = noise[source, torch.arange(len(e), device=e.device)]                    # q_n (B, E)
         return e + self.magnitudes[source, None] * q, source                        # ê (B, E)
 
-
 class Generator(nn.Module):
-    """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, S, S) in [0, 1].       [choice 3]
+    """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, S, S) in [0, 1].     [our choice]
 
-    A linear layer makes a seed of `width` channels and at most 8 pixels; each stage doubles the
+    A linear seed layer makes `width` channels of at most 8 x 8 pixels; each stage doubles the
     pixels and convolves; from the second stage on channels halve, down to 8. Width 64 is light, 128
     heavy. Raises UserError where S is no such seed doubled.
     """
@@ -770,7 +589,7 @@ class Generator(nn.Module):
         if seed << stages != image_size:
             raise UserError(f"image size {image_size} is not {seed} doubled {stages} times; "
                             f"use 32, 64, 128 or 224")
-        self.project = nn.Linear(embedding_dim, width * seed * seed)
+        self.seed_layer = nn.Linear(embedding_dim, width * seed * seed)
         layers = [nn.Unflatten(1, (width, seed, seed)), nn.BatchNorm2d(width)]
         for i in range(stages):
             before, width = width, width if i == 0 else max(width // 2, 8)
@@ -779,59 +598,52 @@ class Generator(nn.Module):
         self.decode = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, 1, 1), nn.Sigmoid())
 
     def forward(self, e_hat: Tensor) -> Tensor:
-        return self.decode(self.project(e_hat))
+        return self.decode(self.seed_layer(e_hat))
 
+class MemoryBank(nn.Module):
+    """First-in first-out store of uint8 images (capacity, 3, S, S) and labels.      [our choice]"""
 
-class MemoryBank:
-    """First-in first-out store of uint8 images (capacity, 3, S, S) and labels.     [choice 11]
-
-    sources are the noise sources of the images, for the caller; no loss reads them.
-    """
-
-    def __init__(self, capacity: int, image_size: int, device: str | torch.device = "cpu"):
-        shape = (capacity, image_size, image_size, 3)                    # channels last
-        self.images = torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-        self.labels = torch.zeros(capacity, dtype=torch.long, device=device)
-        self.sources = torch.zeros(capacity, dtype=torch.long, device=device)
+    def __init__(self, capacity: int, image_size: int):
+        super().__init__()
+        images = torch.zeros(capacity, 3, image_size, image_size, dtype=torch.uint8)
+        self.register_buffer("images", images)
+        self.register_buffer("labels", torch.zeros(capacity, dtype=torch.long))
         self.pushed = 0                                                  # images ever pushed
 
     def __len__(self) -> int:
         return min(self.pushed, len(self.labels))
 
-    def push(self, images: Tensor, labels: Tensor, sources: Tensor) -> None:
-        """images (B, 3, S, S), uint8 or float in [0, 1]; labels, sources (B,). The oldest go."""
+    def push(self, images: Tensor, labels: Tensor) -> None:
+        """images (B, 3, S, S), uint8 or float in [0, 1]; labels (B,). The oldest go."""
         if images.is_floating_point():
             images = (images * 255).round().to(torch.uint8)
         capacity, first = len(self.labels), max(0, len(labels) - len(self.labels))
         where = torch.arange(first, len(labels), device=self.labels.device) + self.pushed
-        for store, new in ((self.images, images), (self.labels, labels), (self.sources, sources)):
+        for store, new in ((self.images, images), (self.labels, labels)):
             store[where % capacity] = new[first:]
         self.pushed += len(labels)
 
-    def sample(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """images (batch, 3, S, S) float32 in [0, 1], labels, sources (batch,); with replacement."""
+    def sample(self, batch: int) -> tuple[Tensor, Tensor]:
+        """images (batch, 3, S, S) float32 in [0, 1], labels (batch,); drawn with replacement."""
         i = torch.randint(len(self), (batch,), device=self.labels.device)
-        images = self.images.permute(0, 2, 3, 1).index_select(0, i).permute(0, 3, 1, 2)
-        return to_float(images, images.device), self.labels[i], self.sources[i]
+        return to_float(self.images[i], i.device), self.labels[i]
 
 
-# ===== 5. Losses: pure functions, tensors in, scalar out ==========================================
+# ===== 4. Losses: pure functions, tensors in, scalar out ==========================================
 
-def full(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Half precision -> float32; float32 and float64 stay: losses never compute in half."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-
 def category_consistency_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
     """Eq. 3 (paper): L_CE = CE(t(x̂), y), batch mean. (B, K), (B,) -> scalar >= 0."""
-    return F.cross_entropy(full(teacher_logits), labels)
-
+    return F.cross_entropy(at_least_float32(teacher_logits), labels)
 
 class BatchStatistics(torch.autograd.Function):
     """Mean and biased variance over (B, H, W), by the BatchNorm kernel: x (B, C, H, W) -> (C,) x 2.
 
-    The backward is one affine map of x. On a CPU `torch.var_mean` over three axes takes ten times
-    as long as this forward.
+    The same as `torch.var_mean(x, (0, 2, 3), correction=0)`, which takes ten times as long on a
+    CPU. The backward is one affine map of x, which is a BatchNorm too.
     """
 
     @staticmethod
@@ -851,92 +663,81 @@ class BatchStatistics(torch.autograd.Function):
         m = x.numel() // x.shape[1]
         return F.batch_norm(x, mean, torch.ones_like(mean), 2 * g_var / m, g_mean / m, eps=0.0)
 
-
 def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
                         ) -> Tensor:
     """One layer of eq. 4: ‖μ(x̂) - μ‖₂ + ‖σ²(x̂) - σ²‖₂. (C,) each -> scalar >= 0."""
     norm = torch.linalg.vector_norm
     return norm(mean - running_mean) + norm(var - running_var)
 
-
 class FeatureMatching:
     """Teacher-guided feature distribution matching, eq. 4 (paper; form of DeepInversion).
 
-    L_FM = mean over BatchNorm layers l of ‖μ_l(x̂) - μ_l‖₂ + ‖σ²_l(x̂) - σ²_l‖₂        [choice 4]
+    L_FM = mean over BatchNorm layers l of ‖μ_l(x̂) - μ_l‖₂ + ‖σ²_l(x̂) - σ²_l‖₂
 
-        with FeatureMatching(teacher) as fm:
+        with FeatureMatching(teacher) as matching:
             logits = teacher(images)
-        loss = fm.loss()
+        loss = matching.loss()
 
-    Hooks live only inside the `with`. Without BatchNorm in the teacher the loss is 0. average:
-    where a batch is spread over processes, a differentiable mean over them, any shape -> same.
+    It keeps the generator from collapsing onto a few images that the teacher is sure of: without it
+    the variance within a category falls from 5.8 to 1.9 and the student loses 30 points. The mean
+    over layers, so that one weight serves every depth, is [our choice]. A teacher without BatchNorm
+    gives 0. `average`: where a batch is spread over processes, a differentiable mean over them.
     """
 
-    def __init__(self, teacher: nn.Module, average: Callable[[Tensor], Tensor] | None = None):
-        self.average, self.seen = average, {}
+    def __init__(self, teacher: nn.Module):
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.heard, self.average = {}, None
 
     def __enter__(self) -> FeatureMatching:
-        self.hooks = [layer.register_forward_pre_hook(self.measure) for layer in self.layers]
+        self.listening = listen(*self.layers, keep=BatchStatistics.apply)
+        self.heard = self.listening.__enter__()
         return self
 
-    def __exit__(self, *exc) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def measure(self, layer: nn.BatchNorm2d, args: tuple) -> None:
-        self.seen[layer] = BatchStatistics.apply(args[0])
+    def __exit__(self, *error) -> None:
+        self.listening.__exit__(*error)
 
     def loss(self) -> Tensor:
         """Scalar >= 0 of the last forward, differentiable to the images."""
-        if not self.seen:
+        if not self.heard:
             return torch.zeros(())
-        means, variances = zip(*self.seen.values())
+        means, variances = zip(*self.heard.values())
         if self.average:                                 # means of x and x² average; σ² does not
             mean, var, sizes = torch.cat(means), torch.cat(variances), [len(m) for m in means]
             mean, square = self.average(torch.stack([mean, var + mean.square()]))
             means, variances = mean.split(sizes), (square - mean.square()).split(sizes)
         return torch.stack([statistics_distance(m, v, layer.running_mean, layer.running_var)
-                            for layer, m, v in zip(self.seen, means, variances)]).mean()
-
+                            for layer, m, v in zip(self.heard, means, variances)]).mean()
 
 def adversarial_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Eq. 5: L_adv = -(1/B) Σ_i 1[argmax s_i = argmax t_i] KL(softmax(t_i) ‖ softmax(s_i)).
 
-    (B, K), (B, K) -> scalar <= 0. Named by the paper; form of NAYER: disagreement is
-    sought only where student and teacher still agree.
+    (B, K), (B, K) -> scalar <= 0. Named by the paper; form of NAYER. Where the two disagree already
+    there is nothing left to look for, and more of it would drive the images from their category:
+    so only rows on which student and teacher agree count.
     """
-    s, t = F.log_softmax(full(student_logits), 1), F.log_softmax(full(teacher_logits), 1)
+    s = F.log_softmax(at_least_float32(student_logits), 1)
+    t = F.log_softmax(at_least_float32(teacher_logits), 1)
     kl = F.kl_div(s, t, log_target=True, reduction="none").sum(1)                   # (B,)
     return -(kl * (s.argmax(1) == t.argmax(1))).mean()
 
-
-def generator_objective(l_ce, l_fm, l_adv, lambda_fm: float, lambda_adv: float) -> Tensor:
-    """Eq. 6 (paper; the weights are ours): L_G = L_CE + λ_fm L_FM + λ_adv L_adv."""
-    return l_ce + lambda_fm * l_fm + lambda_adv * l_adv
-
-
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 20.0) -> Tensor:
     """Eq. 7 (Hinton et al.): L_KD = τ² KL(softmax(t/τ) ‖ softmax(s/τ)), sum over K, mean over B.
 
-    (B, K), (B, K) -> scalar >= 0.
+    (B, K), (B, K) -> scalar >= 0. τ² keeps the size of the gradient when τ changes.
     """
-    s = F.log_softmax(full(student_logits) / temperature, 1)
-    t = F.log_softmax(full(teacher_logits) / temperature, 1)
+    s = F.log_softmax(at_least_float32(student_logits) / temperature, 1)
+    t = F.log_softmax(at_least_float32(teacher_logits) / temperature, 1)
     return temperature ** 2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
 
+def category_aware_embedding_loss(z: Tensor, targets: Tensor, temperature: float = 0.1) -> Tensor:
+    """Eq. 8: L_CAE = -(1/B) Σ_i log softmax_k(cos(z_i, f_k) / τ)[i].                 [our choice]
 
-def category_aware_embedding_loss(z: Tensor, labels: Tensor, category_embeddings: Tensor,
-                                  temperature: float = 0.1) -> Tensor:
-    """Eq. 8: L_CAE = -log softmax_k(cos(z, e_k) / τ)[y], batch mean.                  [choice 5]
-
-    z (B, D) projected student embeddings h(f_S(x̂)); labels (B,); category_embeddings (K, D). In
-    `student_loss` every image of the batch is a category of its own, k = 1..B, and its embedding
-    is the teacher's, e_k = f_T(x̂_k): InfoNCE, with others of the same y among the negatives.
+    z (B, D) projected student embeddings h(f_S(x̂)), targets (B, D) the teacher's f_T(x̂) of the
+    same images: InfoNCE, which asks the student to tell by its embedding which image it has seen.
     """
-    z, e = F.normalize(full(z), dim=1), F.normalize(full(category_embeddings), dim=1)
-    return F.cross_entropy(full(z @ e.to(z.dtype).T) / temperature, labels)
-
+    z, f = (F.normalize(at_least_float32(v), dim=1) for v in (z, targets))
+    similarity = at_least_float32(z @ f.to(z.dtype).T) / temperature                # (B, B)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device))
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """Eq. 9, CNCL: rows of one category attract, whatever their noise; other categories repel.
@@ -945,19 +746,13 @@ def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Ten
     z (B, D), normalised here; labels (B,); P(i) the other rows of i's category; V the rows that
     have any. Pairs: paper; form: SupCon. 0 for a batch without any pair.
     """
-    z = F.normalize(full(z), dim=1)
+    z = F.normalize(at_least_float32(z), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (full(z @ z.T) / temperature).masked_fill(itself, -1e9)            # a ≠ i
+    similarity = (at_least_float32(z @ z.T) / temperature).masked_fill(itself, -1e9)    # a ≠ i
     log_p = F.log_softmax(similarity, 1)                                            # (B, B)
     positive = (labels[:, None] == labels) & ~itself                                # P(i)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
     return per_row.sum() / positive.any(1).sum().clamp_min(1)                       # mean over V
-
-
-def student_objective(l_kd, l_cae, l_cncl, lambda_cae: float, lambda_cncl: float) -> Tensor:
-    """Eq. 10 (paper for KD + CNCL): L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL."""
-    return l_kd + lambda_cae * l_cae + lambda_cncl * l_cncl
-
 
 def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
     """Diversity: unbiased variance of f (B, D) within a category, summed over D. 0 = collapsed."""
@@ -965,303 +760,213 @@ def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
     n = same.sum(1, keepdim=True)                                                   # (B, 1)
     return (f - same @ f / n).square().sum() / (len(f) - (1 / n).sum()).clamp_min(1)
 
+# ===== 5. Synthesis, distillation, the loop over both =============================================
 
-# ===== 6. What a run carries from cycle to cycle ==================================================
+class State(nn.Module):
+    """All that changes while distilling: the networks, the bank, their optimisers, the counters.
 
-class Learner(nn.Module):
-    """What phase B trains, student and projection h: x (B, 3, H, W) -> s (B, K), z = h(f_S) (B, D).
-
-    To be called inside `with learner.embedding:`.
+    prior (K, E): category embeddings; else the rows of the teacher's classifier, which need no
+    second model, or with config.prior "index" one-hot rows. Raises UserError for another shape.
     """
 
-    def __init__(self, student: nn.Module, width: int):
+    def __init__(self, teacher: nn.Module, student: nn.Module, config: Config,
+                 prior: Tensor | None = None):
         super().__init__()
-        self.student = student
-        self.embedding = Embedding(student)                                         # f_S
-        self.head = nn.Linear(last_linear(student).in_features, width)              # [choice 6]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.student(x)
-        return s, self.head(self.embedding.value)
-
-
-@dataclass
-class State:
-    """All that changes while distilling; what of it is needed to go on is in last.pt."""
-    student: nn.Module
-    generator: Generator
-    cend: CEND
-    learner: Learner
-    teacher_embedding: Embedding                         # f_T
-    matching: FeatureMatching
-    bank: MemoryBank
-    generator_optimizer: torch.optim.Optimizer
-    student_optimizer: torch.optim.Optimizer
-    cycle: int = 0
-    seconds: float = 0.0                                 # of both phases; no evaluation, no saving
-
-
-def new_state(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None = None
-              ) -> State:
-    """Generator, head, bank and optimisers on the teacher's device. prior (K, E): given embeddings.
-
-    Raises UserError for a prior of another shape than (K, E) or with infinite numbers.
-    """
-    rows = last_linear(teacher).weight.detach()                                     # (K, D)
-    if prior is None and config.prior not in ("teacher", "index"):
-        raise UserError(f"pass the embeddings of --prior {config.prior} as `prior`")
-    if prior is None:
-        prior = torch.eye(len(rows)) if config.prior == "index" else rows
-    prior = prior.detach().float().to(rows.device)
-    if prior.ndim != 2 or len(prior) != len(rows) or not (
-            0 < (prior - prior.mean(0)).square().sum() < math.inf):
-        raise UserError(f"the prior is {tuple(prior.shape)}; it must be finite, not all alike and "
-                        f"({len(rows)}, E), a row for each category of the teacher")
-    e = category_prior(prior)
-    generator = Generator(e.shape[1], config.image_size, config.generator_width)
-    generator.to(rows.device, memory_format=torch.channels_last)
-    learner = Learner(student, rows.shape[1]).to(rows.device)
-    learner.head.requires_grad_(bool(config.lambda_cae or config.lambda_cncl))
-    # SGD with a cosine, Adam for the generator: as in most of the literature         [choice 12]
-    sgd = torch.optim.SGD(learner.parameters(), config.student_lr, 0.9,
-                          weight_decay=config.weight_decay, nesterov=True)
-    adam = torch.optim.Adam(generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
-    bank = MemoryBank(config.bank_capacity, config.image_size, rows.device)
-    cend = CEND(e, config.magnitudes).to(rows.device)
-    matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity(),
-                               Average.apply if world() > 1 else None)
-    if config.lambda_fm and not matching.layers:
-        warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
-    return State(student, generator, cend, learner, Embedding(teacher), matching, bank, adam, sgd)
-
-
-def autocast(like: Tensor, config: Config) -> torch.autocast:
-    """bf16 for the networks if config.precision says so; losses compute in float32 all the same."""
-    return torch.autocast(like.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-
-compiled = functools.cache(torch.compile)
-
+        rows = last_layer(teacher, nn.Linear).weight.detach()                       # (K, D)
+        if prior is None:
+            prior = torch.eye(len(rows)) if config.prior == "index" else rows
+        prior = prior.detach().float().to(rows.device)
+        if prior.ndim != 2 or len(prior) != len(rows) or not (
+                0 < (prior - prior.mean(0)).square().sum() < math.inf):
+            raise UserError(f"--prior is {tuple(prior.shape)}; it must be finite, not all alike "
+                            f"and ({len(rows)}, E), a row for each category of the teacher")
+        self.student, self.cend = student, CEND(centre_and_scale(prior), config.magnitudes)
+        self.generator = Generator(prior.shape[1], config.image_size, config.generator_width)
+        # h: one linear projection serves eq. 8 and eq. 9.                           [our choice]
+        self.projection = nn.Linear(last_layer(student, nn.Linear).in_features, rows.shape[1])
+        self.projection.requires_grad_(bool(config.lambda_cae or config.lambda_cncl))
+        # Coupled training learns from one fresh batch at a time: the bank holds no more.
+        self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
+                               config.image_size)
+        self.to(rows.device)
+        self.generator.to(memory_format=torch.channels_last)
+        self.matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity())
+        if config.lambda_fm and not self.matching.layers:
+            warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
+        # SGD with a cosine, Adam for the generator: as in most of the literature.   [our choice]
+        learning = [*student.parameters(), *self.projection.parameters()]
+        self.student_optimizer = torch.optim.SGD(learning, config.student_lr, 0.9, nesterov=True,
+                                                 weight_decay=1e-4)
+        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(),
+                                                    config.generator_lr, betas=(0.5, 0.999))
+        self.cycle, self.seconds = 0, 0.0                # seconds: kept by the caller of `distill`
+        # Of a batch: the share of this process, and from the shares the whole; see section 8.
+        self.share = self.gather = lambda rows: rows
 
 def set_training(model: nn.Module, on: bool) -> None:
     """Train mode with gradients, or eval mode without."""
     model.train(on).requires_grad_(on)
 
-
-# ===== 7. Phase A, synthesis: the generator learns, the student is frozen =========================
-
-def draw_inputs(state: State, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """labels (B,) -> the generator's input (B, E), noise sources (B,). Without CEND plain noise."""
-    if config.cend:
-        return state.cend(labels)                                                   # eq. 1
-    return torch.randn_like(state.cend.embeddings[labels]), torch.zeros_like(labels)
-
-
-def generator_loss(state: State, teacher: nn.Module, generator: nn.Module, e_hat: Tensor,
-                   labels: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Eq. 6 and its terms for one batch -> (images, L_G, terms). Needs `with state.matching`."""
-    with autocast(e_hat, config):
-        images = generator(e_hat)                                                   # eq. 2
+def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
+                   ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, its terms), detached."""
+    l_fm = l_adv = torch.zeros((), device=e_hat.device)
+    with state.matching, autocast(e_hat, config):
+        images = state.generator(e_hat)                                             # eq. 2
         t = teacher(images)
         s = state.student(images) if config.lambda_adv else None
-    zero = torch.zeros((), device=t.device)
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
-    l_fm = state.matching.loss() if state.matching.layers else zero                 # eq. 4
-    l_adv = zero if s is None else adversarial_loss(s, t)                           # eq. 5
-    loss = generator_objective(l_ce, l_fm, l_adv, config.lambda_fm, config.lambda_adv)   # eq. 6
-    return images, loss, {"ce": l_ce, "fm": l_fm, "adv": l_adv}
-
-
-def generator_step(state: State, teacher: nn.Module, generator: nn.Module, e_hat: Tensor,
-                   labels: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, terms), detached."""
-    objective = compiled(generator_loss) if config.compile else generator_loss
-    images, loss, terms = objective(state, teacher, generator, e_hat, labels, config)
+    if state.matching.layers:
+        l_fm = state.matching.loss()                                                # eq. 4
+    if config.lambda_adv:
+        l_adv = adversarial_loss(s, t)                                              # eq. 5
+    loss = l_ce + config.lambda_fm * l_fm + config.lambda_adv * l_adv               # eq. 6
     state.generator_optimizer.zero_grad()
     loss.backward()
     state.generator_optimizer.step()
-    return images.detach(), loss.detach(), {name: term.detach() for name, term in terms.items()}
-
-
-@torch.no_grad()
-def diversity(teacher: nn.Module, images: Tensor, labels: Tensor, config: Config) -> dict:
-    """What to look at when a student does not learn: within-class variance, share recognised."""
-    with autocast(images, config):
-        t, f = forward_with_embedding(teacher, images)
-    return {"variance": within_class_variance(f.float(), labels),
-            "recognised": (t.argmax(1) == labels).float().mean()}
-
+    terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
+    return images.detach(), loss.detach(), terms
 
 def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
-    """Phase A: one noise draw, some generator steps, images of the best to the bank -> terms."""
-    e = state.cend.embeddings
+    """Phase A, the student frozen: one noise draw, some generator steps, images to the bank.
+
+    Returns the loss terms of the last step, and two things to look at when a student does not
+    learn: the variance of the new images within a category, and how many the teacher recognises.
+    """
     set_training(state.student, False)
-    offset = torch.randint(len(e), (), device=e.device)
-    labels = (torch.arange(config.synth_batch, device=e.device) + offset) % len(e)  # balanced
-    e_hat, sources = draw_inputs(state, labels, config)              # held for a round  [choice 7]
-    state.generator.project.reset_parameters()           # a new seed layer and Adam: new images
-    state.generator_optimizer.state.clear()
-    generator = parallel(state.generator)
+    e = state.cend.embeddings
+    # As many images of each category as of the others. The draw is held for the round, since a few
+    # steps can fit the images of one draw but not a map from all noise.              [our choice]
+    first = torch.randint(len(e), (), device=e.device)
+    all_labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
+    e_hat = state.cend(all_labels)[0] if config.cend else torch.randn_like(e[all_labels])   # eq. 1
+    e_hat, labels = state.share(e_hat), state.share(all_labels)
+    if config.decoupled:
+        # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
+        # learnt to draw for this teacher, stays.
+        state.generator.seed_layer.reset_parameters()
+        state.generator_optimizer.state.clear()
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
-    with state.matching:
-        for _ in range(config.synth_steps):
-            images, loss, terms = generator_step(state, teacher, generator, e_hat, labels, config)
-            best = torch.where(loss > lowest, best, images)                         # [choice 8]
-            lowest = torch.fmin(loss, lowest)
-    state.bank.push(best, labels, sources)
-    return terms | diversity(teacher, best, labels, config)
+    for _ in range(config.synth_steps if config.decoupled else 1):
+        images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
+        best = torch.where(loss < lowest, images, best)  # of the step with the lowest L_G, as NAYER
+        lowest = torch.fmin(loss, lowest)                # NaN loses both comparisons
+    state.bank.push(state.gather(best), all_labels)
+    with torch.no_grad(), autocast(best, config):
+        t, f = forward_with_embedding(teacher, best)
+    return terms | {"variance": within_class_variance(f.float(), labels),
+                    "recognised": (t.argmax(1) == labels).float().mean()}
 
-
-# ===== 8. Phase B, distillation, and the loop over both ===========================================
-
-def student_loss(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
-                 labels: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 10 and its terms for images (B, 3, H, W) in [0, 1], while both `Embedding`s listen."""
-    with autocast(images, config):
+def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tensor, config: Config
+                 ) -> dict[str, Tensor]:
+    """One SGD step of student and h on eq. 10, for images (B, 3, H, W) -> its terms, detached."""
+    l_cae = l_cncl = torch.zeros((), device=images.device)
+    tau = config.embedding_temperature
+    classifiers = [last_layer(network, nn.Linear) for network in (teacher, state.student)]
+    with listen(*classifiers) as heard, autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
-        s, z = learner(images)
-    zero = torch.zeros((), device=s.device)
-    tau, f = config.embedding_temperature, state.teacher_embedding.value
-    own = torch.arange(len(z), device=z.device)          # every image a category of its own
+        s = state.student(images)
+        f_t, f_s = (heard[classifier] for classifier in classifiers)
+        z = state.projection(f_s)
+    z, f_t, labels = state.gather(z), state.gather(f_t), state.gather(labels)
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
-    l_cae = category_aware_embedding_loss(z, own, f, tau) if config.lambda_cae else zero   # eq. 8
-    l_cncl = contrastive_loss(z, labels, tau) if config.lambda_cncl else zero       # eq. 9
-    loss = student_objective(l_kd, l_cae, l_cncl, config.lambda_cae, config.lambda_cncl)  # eq. 10
-    return loss, {"kd": l_kd, "cae": l_cae, "cncl": l_cncl}
-
-
-def student_step(state: State, teacher: nn.Module, learner: nn.Module, images: Tensor,
-                 labels: Tensor, config: Config) -> dict[str, Tensor]:
-    """One SGD step of student and head on eq. 10 -> terms, detached."""
-    objective = compiled(student_loss) if config.compile else student_loss
-    loss, terms = objective(state, teacher, learner, images, labels, config)
+    if config.lambda_cae:
+        l_cae = category_aware_embedding_loss(z, f_t, tau)                          # eq. 8
+    if config.lambda_cncl:
+        l_cncl = contrastive_loss(z, labels, tau)                                   # eq. 9
+    loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
     state.student_optimizer.zero_grad()
     loss.backward()
     state.student_optimizer.step()
-    return {name: term.detach() for name, term in terms.items()}
+    return {"kd": l_kd.detach(), "cae": l_cae.detach(), "cncl": l_cncl.detach()}
 
+def distillation_phase(state: State, teacher: nn.Module, config: Config,
+                       done: Callable[[], float] = lambda: 0.0) -> dict[str, Tensor]:
+    """Phase B: student steps on images of the bank, the generator is not called -> mean terms.
 
-def distillation_phase(state: State, teacher: nn.Module, config: Config, deadline: float = math.inf
-                       ) -> dict[str, Tensor]:
-    """Phase B: student steps on batches of the bank; the generator is not called -> mean terms.
-
-    No step begins after the deadline (time.perf_counter), but the first.
+    It ends early where `done`, the share of the run that is over, reaches 1.
     """
     set_training(state.student, True)
-    learner, steps = parallel(state.learner), []
-    with state.learner.embedding, state.teacher_embedding:
-        while len(steps) < config.kd_steps and not (steps and time.perf_counter() > deadline):
-            images, labels, _ = state.bank.sample(config.batch_size)
-            images = augment(images)                                                # [choice 9]
-            steps.append(student_step(state, teacher, learner, images, labels, config))
-    share_buffers(state.student)
+    steps = []
+    for _ in range(config.kd_steps if config.decoupled else 1):
+        images, labels = state.bank.sample(config.batch_size)
+        # Cropped and flipped, the same for T and S. (The notes: the paper leaves the images of CNCL
+        # as they are.)                                                               [our choice]
+        images, labels = state.share(augment(images)), state.share(labels)
+        steps.append(student_step(state, teacher, images, labels, config))
+        if done() >= 1:
+            break
     return {name: torch.stack([terms[name] for terms in steps]).mean() for name in steps[0]}
 
-
-def coupled_phase(state: State, teacher: nn.Module, config: Config) -> dict[str, Tensor]:
-    """In place of both phases: a generator and a student step on each fresh batch.   [choice 10]"""
-    e = state.cend.embeddings
-    set_training(state.student, True)                    # DDP looks for weights that learn
-    generator, learner = parallel(state.generator), parallel(state.learner)
-    for _ in range(config.kd_steps):
-        labels = torch.randint(len(e), (config.batch_size,), device=e.device)
-        e_hat, sources = draw_inputs(state, labels, config)
-        set_training(state.student, False)
-        with state.matching:
-            images, _, terms = generator_step(state, teacher, generator, e_hat, labels, config)
-        set_training(state.student, True)
-        with state.learner.embedding, state.teacher_embedding:
-            terms |= student_step(state, teacher, learner, augment(images.float()), labels, config)
-        state.bank.push(images, labels, sources)                         # for samples.png
-    share_buffers(state.student)
-    return terms | diversity(teacher, images, labels, config)
-
-
-def run_progress(state: State, config: Config) -> float:
-    """Share of the run that is done: of the wall-clock budget, if there is one, or the cycles."""
-    if config.minutes:
-        return min(1.0, state.seconds / (60 * config.minutes))
-    return state.cycle / config.cycles
-
-
 def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None = None,
-            state: State | None = None, on_cycle: Callable[[State, dict], None] | None = None
-            ) -> nn.Module:
+            state: State | None = None, done: Callable[[], float] | None = None,
+            on_cycle: Callable[[State, dict], None] | None = None) -> nn.Module:
     """Train `student` to imitate `teacher` on images that the generator makes. No data set goes in.
 
     Both take images in [0, 1] and sit on one device; the teacher stays bit-identical. prior (K, E):
-    category embeddings in place of config.prior. state: go on from there. on_cycle(state, metrics)
-    follows each cycle; random numbers it draws do not disturb the run. config.precision "bf16" is
-    bf16, all else fp32. config.real_kd: the images are those in state.bank. Returns the student, in
-    eval mode. Raises FloatingPointError with the name and cycle of a loss that is not finite.
+    category embeddings in place of config.prior. state: of this student, to go on from. done: share
+    of the run that is over, by default that of config.cycles. on_cycle(state, metrics) follows each
+    cycle. config.real_kd: the images are those in state.bank. Returns the student in eval mode.
+    Raises FloatingPointError with the name and cycle of a loss that is not finite.
     """
-    if config.real_kd and state is None:
-        raise UserError("real_kd needs a state whose bank holds the real images")
-    if teacher is student:
-        raise UserError("teacher and student are one object; the student would stay as it is")
-    set_training(teacher, False)
+    if teacher is student or state and state.student is not student:
+        raise UserError("`student` must be the network in `state`, and another than the teacher")
     if state is None:
         torch.manual_seed(config.seed)
-        state = new_state(teacher, student, config, prior)
-    while (progress := run_progress(state, config)) < 1:
-        lr = config.student_lr * (1 + math.cos(math.pi * progress)) / 2
+        state = State(teacher, student, config, prior)
+    done = done or (lambda: state.cycle / config.cycles)
+    set_training(teacher, False)
+    # Coupled training, an ablation: one generator step and one student step in turns.
+    turns = 1 if config.decoupled else config.kd_steps
+    while (share := done()) < 1:
+        # A cosine that begins slowly: at full step size from the start, a deep student learns
+        # nothing for long (ResNet-20 after 40 cycles: 27 % instead of 68 %).
+        lr = config.student_lr * (1 + math.cos(math.pi * share)) / 2
         lr *= min(1.0, (state.cycle + 1) / config.lr_warmup)
         state.student_optimizer.param_groups[0]["lr"] = lr
-        metrics: dict = {"cycle": state.cycle + 1, "lr": lr}
-        start = middle = time.perf_counter()
-        left = 60 * config.minutes - state.seconds if config.minutes else math.inf
-        if config.decoupled:
-            rounds = 1 if state.cycle else 1 + config.warmup_rounds                 # [choice 11]
-            terms = {}
-            for extra in range(0 if config.real_kd else rounds):
-                if extra and agreed(time.perf_counter() - start) > left / 2:
-                    break                                # of a short budget, half is for phase B
-                terms = synthesis_round(state, teacher, config)                     # phase A
-            metrics |= to_numbers(terms)
-            middle = time.perf_counter()
-            terms = distillation_phase(state, teacher, config,                      # phase B
-                                       start + left if world() == 1 else math.inf)
-            metrics |= to_numbers(terms)
-        else:
-            metrics |= to_numbers(coupled_phase(state, teacher, config))
-        end = time.perf_counter()
+        if state.cycle == 0 and config.decoupled and not config.real_kd:
+            for _ in range(config.warmup_rounds):        # a bank of one round has few images
+                synthesis_round(state, teacher, config)
+                if done() > 0.5:
+                    break                                # half of a short budget is for phase B
+        terms: dict[str, Tensor] = {}
+        for _ in range(turns):
+            if not config.real_kd:
+                terms |= synthesis_round(state, teacher, config)                    # phase A
+            terms |= distillation_phase(state, teacher, config, done)               # phase B
+        state.cycle += 1
+        # One transfer per cycle: reading a number earlier would make a GPU wait at each step.
+        numbers = torch.stack([term.float() for term in terms.values()]).tolist()
+        metrics = {"cycle": state.cycle, "lr": lr, **dict(zip(terms, numbers))}
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"not finite in cycle {state.cycle + 1}: {', '.join(broken)}; "
+            raise FloatingPointError(f"not finite in cycle {state.cycle}: {', '.join(broken)}; "
                                      f"lower --student-lr or --generator-lr")
-        state.cycle, state.seconds = state.cycle + 1, state.seconds + agreed(end - start)
-        metrics |= {"seconds_synthesis": middle - start, "seconds_distillation": end - middle,
-                    "seconds": state.seconds, "images": state.bank.pushed * world()}
         if on_cycle:
-            cuda = [state.bank.labels.device] if state.bank.labels.is_cuda else []
-            with torch.random.fork_rng(devices=cuda):
-                on_cycle(state, metrics)
-    return state.student.eval()
+            on_cycle(state, metrics)
+    return student.eval()
 
+# ===== 6. Evaluation, on real data: accuracy, linear probe, detection probe =======================
 
-def to_numbers(terms: dict[str, Tensor]) -> dict[str, float]:
-    """Device scalars -> floats in one transfer, once a phase, so that no step waits for it."""
-    values = [v.float() for v in terms.values()]
-    return dict(zip(terms, torch.stack(values).tolist())) if values else {}
-
-
-# ===== 9. Evaluation, on real data: accuracy, agreement, linear probe =============================
+def batches(data: Dataset, size: int = 256, **keywords) -> DataLoader:
+    """A loader; large folders of image files are decoded by several workers."""
+    large = not isinstance(data, TensorDataset) and len(data) > 10_000
+    return DataLoader(data, size, num_workers=min(8, os.cpu_count() or 1) if large else 0,
+                      **keywords)
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Run a network in eval mode over a data set: logits (N, K), embeddings (N, D), labels (N,)."""
     model.eval()
-    rows, own = [], torch.Generator()                    # a loader would draw from the global one
-    for images, labels in DataLoader(data, batch_size=256, generator=own):
+    rows = []                                            # the loader's own generator: evaluating
+    for images, labels in batches(data, generator=torch.Generator()):    # must not change a run
         logits, f = forward_with_embedding(model, to_float(images, device))
         rows.append((logits.float(), f.float(), labels.to(device)))
     return tuple(torch.cat(part) for part in zip(*rows))
 
-
 def top1(scores: Tensor, labels: Tensor) -> float:
     """Percentage of rows of scores (N, K) whose largest entry is at labels (N,)."""
     return 100 * (scores.argmax(1) == labels).float().mean().item()
-
 
 def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by full-batch L-BFGS: weights (D, k) under L2, bias (k,)."""
@@ -1277,7 +982,6 @@ def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tenso
 
     optimizer.step(closure)
     return w.detach(), b.detach()
-
 
 def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str = "cpu",
                  l2_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)) -> dict:
@@ -1301,396 +1005,395 @@ def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str
     w, b = fit_logistic(x, y, k, l2)
     return {"accuracy": top1(x_test @ w + b, y_test), "l2": l2}
 
+def fit_ridge(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression in closed form: weights (D, M) under L2, bias (M,)."""
+    mx, my = x.mean(0), y.mean(0)
+    gram = (x - mx).T @ (x - mx) / len(x) + l2 * torch.eye(x.shape[1], device=x.device)
+    w = torch.linalg.solve(gram, (x - mx).T @ (y - my) / len(x))
+    return w, my - mx @ w
 
-def load_probe(config: Config) -> tuple[Dataset, Dataset] | None:
-    """(train, test) of config.probe_dataset, if there is one."""
-    if not config.probe_dataset:
-        return None
+def dense_features(backbone: nn.Module, image: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) -> last feature map before pooling as rows (L, D), places (L, 2).
+
+    A place is the centre of what a location stands for, x and y in pixels.
+    """
+    pool = last_layer(backbone, nn.AdaptiveAvgPool2d)
+    with torch.no_grad(), listen(pool) as heard:
+        backbone(to_float(image[None], device))
+    features = heard[pool][0].float()                                               # (D, h, w)
+    y, x = ((torch.arange(n, device=device) + 0.5) * pixels / n
+            for n, pixels in zip(features.shape[1:], image.shape[1:]))
+    return features.flatten(1).T, torch.cartesian_prod(y, x).flip(1)
+
+def assign_locations(places: Tensor, boxes: Tensor, labels: Tensor, k: int
+                     ) -> tuple[Tensor, Tensor]:
+    """What each location is to learn: category (L,), distances to the sides of its box (L, 4).
+
+    places (L, 2); boxes (n, 4) left, top, right, bottom; labels (n,) < k. Category: that of the box
+    in whose central half the place lies (of two, the smaller box), k for background in no box, -1
+    for the rest, which is left out. A box whose central half holds no place takes the nearest one.
+    """
+    category, sides = torch.full_like(places[:, 0], k).long(), places.new_ones(len(places), 4)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for i in areas.argsort(descending=True):                            # the smaller overwrite
+        box, centre = boxes[i], (boxes[i, :2] + boxes[i, 2:]) / 2
+        off = (places - centre).abs() / (box[2:] - box[:2])                         # (L, 2)
+        central = (off < 0.25).all(1)
+        central[off.square().sum(1).argmin()] |= ~central.any()
+        category[(off < 0.5).all(1) & (category == k)] = -1
+        category[central] = labels[i]
+        sides[central] = torch.cat([places - box[:2], box[2:] - places], 1)[central].clamp_min(1)
+    return category, sides
+
+def average_precision(detections: list[tuple[Tensor, Tensor]], truths: list[Tensor]) -> float:
+    """AP at IoU 0.5 of one category in percent: area under precision over recall, all points.
+
+    Per image: detected boxes (n, 4) and their scores (n,), best first; true boxes (m, 4). A
+    detection is right if it overlaps a true box that no better one has taken.
+    """
+    hits, order = [], torch.cat([scores for _, scores in detections]).argsort(descending=True)
+    for (boxes, _), truth in zip(detections, truths):
+        overlap = box_iou(boxes, truth)                                             # (n, m)
+        for row in overlap:                              # a view: it sees what is taken
+            hits.append(len(row) > 0 and row.max().item() >= 0.5)
+            if hits[-1]:
+                overlap[:, row.argmax()] = 0
+    hits = torch.tensor(hits, dtype=torch.double)[order]
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    precision = precision.flip(0).cummax(0).values.flip(0) if len(hits) else precision
+    return 100 * (precision * hits).sum().item() / sum(map(len, truths))
+
+def detection_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str = "cpu",
+                    categories: list[str] | None = None, most: int = 100_000) -> dict:
+    """How well frozen dense features find objects: {"ap50": percent, "per_category": {name: AP}}.
+
+    train and test yield (image (3, H, W), {"boxes": (n, 4) in pixels, "labels": (n,)}). Linear in
+    the last feature map: a logistic regression for the category of a location, a ridge regression
+    for the logarithm of the distances to the sides of its box. Background beyond `most` locations
+    is thinned by a seeded draw. "detections": boxes, labels, scores by test image. [our choice]
+    """
+    backbone.eval()
+    targets = [target for _, target in test]
+    k = len(categories or torch.cat([t["labels"] for _, t in train]).unique())
+    rows, draw, each = [], torch.Generator().manual_seed(0), most // len(train) + 1
+    for image, target in train:
+        x, places = dense_features(backbone, image, device)
+        category, sides = assign_locations(places, target["boxes"].to(device), target["labels"], k)
+        empty = (category == k).nonzero()[:, 0]
+        empty = empty[torch.randperm(len(empty), generator=draw)[:each].to(device)]
+        keep = torch.cat([((category >= 0) & (category < k)).nonzero()[:, 0], empty])
+        rows.append((x[keep], category[keep], sides[keep]))
+    x, category, sides = (torch.cat(part) for part in zip(*rows))
+    std, mean = torch.std_mean(x, 0)
+    x, objects = (x - mean) / std.clamp_min(1e-6), category < k
+    w, b = fit_logistic(x, category, k + 1, 1e-3)
+    v, c = fit_ridge(x[objects], sides[objects].log(), 1e-3)
+    detections = []
+    for image, _ in test:
+        x, places = dense_features(backbone, image, device)
+        x = (x - mean) / std.clamp_min(1e-6)
+        scores, labels = (x @ w + b).softmax(1)[:, :k].max(1)
+        sides = (x @ v + c).exp()
+        boxes = torch.cat([places - sides[:, :2], places + sides[:, 2:]], 1)
+        boxes = clip_boxes_to_image(boxes, image.shape[1:])
+        sure = (scores > 0.02).nonzero()[:, 0]
+        best = sure[batched_nms(boxes[sure], scores[sure], labels[sure], 0.4)[:50]]
+        detections.append(tuple(part[best].cpu() for part in (boxes, labels, scores)))
+    per_category = {}
+    for i in range(k):
+        truths = [t["boxes"][t["labels"] == i] for t in targets]
+        if any(map(len, truths)):                        # a category without test objects has none
+            found = [(boxes[of == i], scores[of == i]) for boxes, of, scores in detections]
+            per_category[categories[i] if categories else str(i)] = average_precision(found, truths)
+    return {"ap50": sum(per_category.values()) / len(per_category), "per_category": per_category,
+            "detections": detections}
+
+# ===== 7. Data sets: only to train a missing teacher and to evaluate; `distill` sees none =========
+
+# Shapes in local coordinates: u right, v down, r radius, m = max(|u|, |v|). The first ten make up
+# the embedded data set, the others are the unseen categories of its probe.
+SHAPES: dict[str, Callable] = {
+    "disc": lambda u, v, r, m: r < 0.9,
+    "ring": lambda u, v, r, m: (r > 0.55) & (r < 1),
+    "square": lambda u, v, r, m: m < 0.8,
+    "frame": lambda u, v, r, m: (m > 0.5) & (m < 0.9),
+    "triangle": lambda u, v, r, m: (v < 0.7) & (v > 2 * abs(u) - 0.9),
+    "cross": lambda u, v, r, m: (np.minimum(abs(u), abs(v)) < 0.25) & (m < 1),
+    "saltire": lambda u, v, r, m: (abs(abs(u) - abs(v)) < 0.35) & (m < 0.9),
+    "bars": lambda u, v, r, m: (np.sin(8 * v) > 0) & (m < 1),
+    "checker": lambda u, v, r, m: (np.sin(5 * u) * np.sin(5 * v) > 0) & (m < 1.1),
+    "star": lambda u, v, r, m: r < 0.6 + 0.4 * np.cos(5 * np.arctan2(u, -v)),
+    "diamond": lambda u, v, r, m: abs(u) + abs(v) < 1,
+    "half": lambda u, v, r, m: (r < 1) & (v > 0),
+    "crescent": lambda u, v, r, m: (r < 1) & ((u - 0.5) ** 2 + v ** 2 > 0.6),
+    "dots": lambda u, v, r, m: (abs(u) - 0.55) ** 2 + (abs(v) - 0.55) ** 2 < 0.13,
+    "ell": lambda u, v, r, m: (m < 0.9) & ((u < -0.3) | (v > 0.3)),
+    "hourglass": lambda u, v, r, m: (abs(u) < abs(v)) & (abs(v) < 0.9),
+}
+
+def shape_mask(labels, names: list[str], dx, dy, angle) -> np.ndarray:
+    """Pixels (n, size, size) of each image's shape; dx, dy: offsets from its centre in radii."""
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    mask = np.zeros(u.shape, dtype=bool)
+    for k, name in enumerate(names):
+        i = labels == k
+        mask[i] = SHAPES[name](u[i], v[i], np.hypot(u[i], v[i]), np.maximum(abs(u[i]), abs(v[i])))
+    return mask
+
+def contrasting(fore: np.ndarray, back: np.ndarray) -> np.ndarray:
+    """Colours (n, 3, 1, 1): `fore`, or where it is too near to `back` one that is not."""
+    return np.where(abs(fore - back).max(1, keepdims=True) < 0.4, (back + 0.5) % 1, fore)
+
+def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
+    """n images, uint8 (n, 3, size, size), and labels. Place, size, angle, colours, noise vary."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % len(names))
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    x, y, angle = (uniform(-0.35, 0.35, 1, 1) for _ in range(3))
+    scale = uniform(0.4, 0.65, 1, 1)
+    yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
+    dx, dy = (xx - x) / scale, (yy - y) / scale                          # (n, size, size)
+    mask = shape_mask(labels, names, dx, dy, angle)
+    back, fore = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    fore = contrasting(fore, back)
+    shade = uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
+    noise = rng.standard_normal((n, 3, size, size), np.float32) * uniform(0, 0.06, 1, 1, 1)
+    images = (np.where(mask[:, None], fore, back + shade) + noise).clip(0, 1)
+    return TensorDataset(torch.from_numpy((images * 255).round().astype(np.uint8)),
+                         torch.from_numpy(labels))
+
+def draw_scenes(n: int, seed: int, size: int = 96) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """n images, uint8 (3, size, size), of 1 to 4 unseen shapes, each with its boxes and labels.
+
+    Shapes have a radius of 9 to 17 pixels and do not overlap; one that finds no room is left out.
+    """
+    rng, names = np.random.default_rng(seed), list(SHAPES)[10:]
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
+    back, wanted = uniform(0, 1, 3, 1, 1), rng.integers(1, 5, n)
+    images = back + uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
+    placed = np.zeros((n, 0, 3), np.float32)             # x, y, radius of what is there, in [-1, 1]
+    targets = [{"boxes": [], "labels": []} for _ in range(n)]
+    for i in range(4):
+        radius, labels = uniform(9, 17) * 2 / size, rng.integers(len(names), size=n)
+        places = (1 - 1.3 * radius[:, None, None]) * uniform(-1, 1, 20, 2)    # 20 tries; corners
+        gaps = np.linalg.norm(places[:, :, None] - placed[:, None, :, :2], axis=-1)
+        free = (gaps > 1.3 * (radius[:, None, None] + placed[:, None, :, 2])).all(2)
+        there = free.any(1) & (i < wanted)
+        place = np.where(there[:, None], places[np.arange(n), free.argmax(1)], 9)    # 9: outside
+        placed = np.concatenate([placed, np.column_stack([place, radius])[:, None]], 1)
+        x, y, r = (v[:, None, None] for v in placed[:, -1].T)
+        mask = shape_mask(labels, names, (xx - x) / r, (yy - y) / r, uniform(-0.35, 0.35, 1, 1))
+        images = np.where(mask[:, None], contrasting(uniform(0, 1, 3, 1, 1), back), images)
+        for j in there.nonzero()[0]:
+            rows, columns = mask[j].any(1).nonzero()[0], mask[j].any(0).nonzero()[0]
+            targets[j]["boxes"].append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+            targets[j]["labels"].append(labels[j])
+    images += rng.standard_normal(images.shape, np.float32) * uniform(0, 0.06, 1, 1, 1)
+    images = torch.from_numpy((images.clip(0, 1) * 255).round().astype(np.uint8))
+    return [(image, {"boxes": torch.tensor(np.array(target["boxes"])).float(),
+                     "labels": torch.tensor(np.array(target["labels"]))})
+            for image, target in zip(images, targets)]
+
+BUILT_IN = {   # name: (maker, the files it needs under --data-root)
+    "cifar10": (lambda root, split, **kw: datasets.CIFAR10(root, split == "train", **kw),
+                "cifar-10-batches-py/"),
+    "cifar100": (lambda root, split, **kw: datasets.CIFAR100(root, split == "train", **kw),
+                 "cifar-100-python/"),
+    "svhn": (datasets.SVHN, "train_32x32.mat and test_32x32.mat"),
+    "stl10": (datasets.STL10, "stl10_binary/"),
+}
+
+def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, list[str]]:
+    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names).
+
+    A folder holds train/CLASS/* and test/CLASS/* (or val/). What fits into 2 GiB is decoded once
+    and kept in memory. Raises UserError that says what to put where.
+    """
+    if dataset in ("shapes", "shapes-unseen"):
+        names = list(SHAPES)[:10] if dataset == "shapes" else list(SHAPES)[10:]
+        n, seed = {"train": (5000, 1), "test": (2000, 2)}[split]
+        return draw_shapes(n, names, seed, size), names
+    transform = transforms.Compose(
+        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
+    maker, files = BUILT_IN.get(dataset, (None, ""))
+    try:
+        if maker:
+            data = maker(root, split, transform=transform, download=True)
+        else:
+            folder = Path(dataset, split)
+            folder = folder if split == "train" or folder.is_dir() else Path(dataset, "val")
+            data = datasets.ImageFolder(str(folder), transform, loader=read_image)
+        names = getattr(data, "classes", None) or [str(k) for k in range(10)]
+        if len(data) * 3 * size * size <= 2 << 30:
+            data = TensorDataset(*(torch.cat(part) for part in zip(*batches(data))))
+        return data, names
+    except Exception as error:                           # each library raises errors of its own
+        remedy = f"without a network, put {files} into {root}/" if files else (
+            f"name shapes, {', '.join(BUILT_IN)} or a folder with train/ and test/ (or val/)")
+        raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
+                        f"{remedy}") from error
+
+def read_image(path: str):
+    """An image file of any kind as RGB; a broken one is named."""
+    try:
+        return datasets.folder.pil_loader(path)
+    except Exception as error:
+        raise UserError(f"{path} is no image: {first_line(error)}") from error
+
+def load_splits(dataset: str, config: Config) -> tuple[Dataset, Dataset]:
+    """Train and test split; UserError where these do not have the same two or more classes."""
     (train, names), (test, others) = (
-        load_data(config.probe_dataset, split, config.data_root, config.image_size)
+        load_data(dataset, split, config.data_root, config.image_size)
         for split in ("train", "test"))
-    if names != others:
-        raise UserError(f"{config.probe_dataset}: train/ and test/ have different classes")
+    if names != others or len(names) < 2:
+        raise UserError(f"{dataset}: train/ and test/ need the same two or more classes")
     return train, test
 
+class VOCFolder(Dataset):
+    """Images (3, H, W) and boxes of a folder in PASCAL VOC layout, longer side `size` pixels.
 
-# ===== 10. Several processes: torchrun. Each holds a share of every batch and its own bank ========
+    Objects marked difficult are left out, boxes are clipped to the image. UserError for a bad file.
+    """
+
+    def __init__(self, root: str | Path, split: str, size: int):
+        self.root, self.size, self.objects, self.categories = Path(root), size, {}, []
+        try:
+            for name in (self.root / f"ImageSets/Main/{split}.txt").read_text().split():
+                tree = ElementTree.parse(self.root / f"Annotations/{name}.xml")
+                self.objects[name] = [
+                    (o.findtext("name"), [float(o.findtext(f"bndbox/{side}")) for side in
+                                          ("xmin", "ymin", "xmax", "ymax")])
+                    for o in tree.iter("object") if o.findtext("difficult") != "1"]
+        except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+            raise UserError(f"{root} has no VOC layout ({split}): {first_line(error)}") from error
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        name, objects = list(self.objects.items())[i]
+        image = read_image(str(self.root / f"JPEGImages/{name}.jpg"))
+        scale = self.size / max(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size])
+        boxes = torch.tensor([box for _, box in objects]).view(-1, 4) * scale
+        boxes = clip_boxes_to_image(boxes, image.size[::-1])
+        labels = torch.tensor([self.categories.index(n) for n, _ in objects], dtype=torch.long)
+        keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+        return transforms.functional.pil_to_tensor(image), {"boxes": boxes[keep],
+                                                            "labels": labels[keep]}
+
+def load_detection(config: Config) -> tuple[Dataset, Dataset, list[str]]:
+    """Train split, test split, categories of --detection-dataset; UserError as `load_data`."""
+    folder = Path(config.detection_dataset)
+    if config.detection_dataset == "scenes":
+        return draw_scenes(600, 1), draw_scenes(300, 2), list(SHAPES)[10:]
+    if config.detection_dataset == "voc2007":
+        folder = Path(config.data_root, "VOCdevkit/VOC2007")
+        for split in ("trainval", "test"):
+            if not (folder / f"ImageSets/Main/{split}.txt").exists():
+                try:
+                    datasets.VOCDetection(config.data_root, "2007", split, download=True)
+                except Exception as error:
+                    raise UserError(f"cannot fetch VOC 2007 ({first_line(error)}): without a "
+                                    f"network, put VOCdevkit/ into {config.data_root}/") from error
+    train, test = (VOCFolder(folder, part, config.detection_size) for part in ("trainval", "test"))
+    names = {name for part in (train, test) for objects in part.objects.values()
+             for name, _ in objects}
+    train.categories = test.categories = sorted(names)
+    return train, test, train.categories
+
+# ===== 8. Several processes, by torchrun: all hold the same state, each computes its share ========
 
 def world() -> int:
     """Number of processes; 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-
 def rank() -> int:
     """Number of this process; 0 writes and reports."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if world() > 1 else 0
 
-
-def parallel(module: nn.Module) -> nn.Module:
-    """The module; with several processes inside DDP: process 0's weights, averaged gradients."""
-    return nn.parallel.DistributedDataParallel(module) if world() > 1 else module
-
-
-class Average(torch.autograd.Function):
-    """Mean over the processes; gradients are averaged on the way back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total / world()
-
-    @staticmethod
-    def backward(ctx, g):
-        return Average.forward(ctx, g)
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Process 0's running statistics, everywhere."""
-    for buffer in module.buffers() if world() > 1 else ():
-        dist.broadcast(buffer, 0)
-
-
-def agreed(number: float) -> float:
-    """Process 0's number: clocks differ."""
-    box = [number]
+def agreed(thing):
+    """Process 0's value, in all of them: clocks differ."""
+    box = [thing]
     if world() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
 
-
-@contextlib.contextmanager
-def process_group(config: Config):
-    """Join what torchrun started, and leave it; nothing where there is one process."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield
-        return
-    try:
-        if config.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+def join_processes(config: Config) -> None:
+    """Join what torchrun started; nothing where there is one process."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if config.synth_batch % n or config.batch_size % n:
+        raise UserError(f"--synth-batch and --batch-size must be multiples of the {n} processes")
+    if n > 1 and config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if n > 1:                                            # process 0 may train a teacher first
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo",
-                                timeout=timedelta(days=1))   # process 0 may train a teacher first
-    except (LookupError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the other processes ({first_line(error)}): start them with "
-                        f"torchrun, one for each device, or unset WORLD_SIZE") from error
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise UserError(f"process {rank()} lost another one; if {config.out} has a last.pt, "
-                        f"--resume --out {config.out} goes on, with {world()} processes") from error
-    dist.destroy_process_group()
+                                timeout=timedelta(days=1))
 
+def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
+    """Before each step: the mean of the gradients over the processes."""
+    for group in optimizer.param_groups:
+        for gradient in (p.grad for p in group["params"] if p.grad is not None):
+            dist.all_reduce(gradient)
+            gradient /= world()
 
-def share_of(config: Config) -> Config:
-    """Settings of one process: batches and bank are spread over all. UserError if they do not."""
-    n = world()
-    if n > 1 and (config.benchmark or config.synth_batch % n or config.batch_size % n):
-        raise UserError(f"{n} processes: --synth-batch and --batch-size must be multiples of {n}, "
-                        f"and --benchmark is for one process")
-    return dataclasses.replace(config, synth_batch=config.synth_batch // n,
-                               batch_size=config.batch_size // n,
-                               bank_capacity=max(1, config.bank_capacity // n))
+def connect(state: State) -> None:
+    """Draws are the same in all processes, rows of a batch are shared out, losses see all rows."""
+    state.share = lambda rows: rows.chunk(world())[rank()]
+    state.gather = lambda rows: torch.cat(all_gather(rows.contiguous()))
+    state.matching.average = lambda x: all_reduce(x) / world()
+    for optimizer in (state.generator_optimizer, state.student_optimizer):
+        optimizer.register_step_pre_hook(average_gradients)
 
-
-# ===== 11. Run directory: checkpoints, pictures, status line ======================================
-
-def save_atomic(thing, path: Path) -> None:
-    """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        if isinstance(thing, str):
-            temporary.write_text(thing)
-        else:
-            torch.save(thing, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:             # torch calls a full disk a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}, is the disk full? What was there is intact "
-                        f"({first_line(error)})") from error
-
-
-SAVE_EVERY = 50       # last.pt waits so many times as long as it last took: 2 % of a run's time
-RUN_FILES = ("config.json", "metrics.jsonl",          # the others are worth a question
-             "samples.png", "last.pt", "student.pt", "summary.json")
-STATEFUL = ("learner", "generator", "cend", "generator_optimizer", "student_optimizer")
-
-
-def checksum(model: nn.Module) -> int:
-    """Of all weights and statistics: a run goes on with the teacher it began with."""
-    data = (value.cpu().numpy().tobytes() for value in model.state_dict().values())
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), data, 0)
-
-
-def pack_state(state: State, teacher: nn.Module, config: Config) -> dict:
-    """State, settings and random generators as plain types that `weights_only=True` reads back."""
-    bank, n, cuda = state.bank, len(state.bank), config.device == "cuda"
-    own = {"bank": [part[:n].clone().cpu() for part in (bank.images, bank.labels, bank.sources)],
-           "pushed": bank.pushed,
-           "rng": [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]}
-    processes = [own] * world()                          # on process 0: what each of them holds
-    if world() > 1:
-        dist.gather_object(own, processes if rank() == 0 else None)
-    return {**{name: getattr(state, name).state_dict() for name in STATEFUL},
-            "teacher": checksum(teacher), "processes": processes, "cycle": state.cycle,
-            "seconds": state.seconds, "config": dataclasses.asdict(config)}
-
-
-def unpack_state(saved: dict, state: State, teacher: nn.Module) -> None:
-    """The inverse of `pack_state`, into a new state of the same settings, else UserError."""
-    if saved.get("teacher") != checksum(teacher):
-        raise UserError("the teacher is not the one that last.pt was saved with; give it back its "
-                        "file, or start in the folder where the run began")
-    try:
-        for name in STATEFUL:
-            getattr(state, name).load_state_dict(saved[name])
-        bank, own = state.bank, saved["processes"][rank()]
-        if not (type(saved["cycle"]) is type(own["pushed"]) is int
-                and type(saved["seconds"]) is float and len(own["bank"][1])
-                and 0 <= own["bank"][1].min() <= own["bank"][1].max() < len(state.cend.embeddings)):
-            raise ValueError("counts or labels out of range")
-        bank.pushed, state.cycle, state.seconds = own["pushed"], saved["cycle"], saved["seconds"]
-        for part, kept in zip((bank.images, bank.labels, bank.sources), own["bank"], strict=True):
-            part[:len(bank)] = kept.to(part.device)
-        torch.set_rng_state(own["rng"][0])
-        if len(own["rng"]) > 1:
-            torch.cuda.set_rng_state(own["rng"][1])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"last.pt does not fit its settings: {first_line(error)}") from error
-
-
-def export(model: nn.Sequential, arch: str, config: Config) -> dict:
-    """Weights, architecture, normalisation: a file that `load_teacher` and --teacher-ckpt read."""
-    return {"state_dict": model.net.state_dict(), "arch": arch, "image_size": config.image_size,
-            "dataset": dataset_name(config.dataset),
-            "mean": model.normalize.mean.flatten().tolist(),
-            "std": model.normalize.std.flatten().tolist()}
-
-
-def open_run(out: Path, config: Config, cycle: int) -> None:
-    """Make or clear the run directory, write config.json, cut metrics.jsonl to the cycles saved."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "metrics.jsonl"
-    old = log.read_text(errors="replace") if cycle and log.exists() else ""
-    for name in RUN_FILES:
-        if not cycle:
-            (out / name).unlink(missing_ok=True)         # of a run that is overwritten
-        for leftover in out.glob(f"{name}.*.tmp"):       # of a process that was killed
-            leftover.unlink()
-    save_atomic(json.dumps(dataclasses.asdict(config), indent=1), out / "config.json")
-    save_atomic("".join(old.splitlines(keepends=True)[:cycle]), log)
-
-
-def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
-    """Grid of the newest bank images: a column for each of the first 100 categories."""
-    age = (bank.pushed - 1 - torch.arange(len(bank), device=bank.labels.device)) % len(bank)
-    newest, columns = age.argsort(), min(num_classes, 100)
-    grid = torch.zeros(rows, columns, *bank.images.shape[1:])
-    for k in range(columns):
-        i = newest[bank.labels[newest] == k][:rows]
-        grid[:len(i), k] = bank.images[i].cpu() / 255
-    torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
-
-
-@contextlib.contextmanager
-def stop_after_cycle():
-    """Ctrl-C and SIGTERM fill the list that is yielded; the second one interrupts at once."""
-    asked: list[int] = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        os.write(2, b"\nstopping after this cycle; once more to stop now\n")
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if (
-        threading.current_thread() is threading.main_thread()) else ()
-    before = [(number, signal.signal(number, ask)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
-
+# ===== 9. Run directory, resume, main =============================================================
 
 class Status:
     """An updating line on a terminal; elsewhere a plain line, at most every ten seconds."""
+    last = -math.inf
 
-    def __init__(self):
-        self.terminal, self.last = sys.stdout.isatty(), -math.inf
+    def __call__(self, text: str, stay: bool = False) -> None:
+        """Process 0's only. stay: a line that is not overwritten."""
+        terminal = sys.stdout.isatty()
+        if rank() == 0 and (stay or terminal or time.monotonic() - self.last > 10):
+            self.last = self.last if stay else time.monotonic()
+            cut = os.get_terminal_size().columns - 1 if terminal and not stay else None
+            print("\r\033[K" * terminal + text[:cut], end="" if cut else "\n", flush=True)
 
-    def __call__(self, text: str) -> None:
-        if self.terminal:
-            self.line(text[:os.get_terminal_size().columns - 1], end="")
-        elif time.monotonic() - self.last > 10:
-            self.last = time.monotonic()
-            self.line(text)
+def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
+    """Grid of the newest bank images: a column for each of the first 100 categories."""
+    newest = torch.arange(bank.pushed - 1, bank.pushed - 1 - len(bank), -1) % len(bank.labels)
+    images, labels, columns = bank.images.cpu(), bank.labels.cpu(), min(num_classes, 100)
+    grid = torch.zeros(rows, columns, *images.shape[1:])
+    for k in range(columns):
+        i = newest[labels[newest] == k][:rows]
+        grid[:len(i), k] = images[i] / 255
+    torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
 
-    def line(self, text: str, end: str = "\n") -> None:
-        """A line that stays; process 0's only."""
-        if rank() == 0:
-            print(("\r\033[K" if self.terminal else "") + text, end=end, flush=True)
+def save_detections(scenes: Dataset, found: list[list], path: Path, columns: int = 8) -> None:
+    """A row for each network: the first test images, with what it found at a score above 0.6."""
+    colours, tiles = ("yellow", "red", "cyan", "magenta", "lime", "white", "orange", "blue"), []
+    for detections in found:
+        for i, (boxes, labels, scores) in zip(range(columns), detections):
+            sure = scores > 0.6
+            image = draw_bounding_boxes(scenes[i][0], boxes[sure], width=1, colors=[
+                colours[k % len(colours)] for k in labels[sure].tolist()] or "red")
+            tiles.append(transforms.functional.resize(image, [192, 192]) / 255)
+    torchvision.utils.save_image(torch.stack(tiles), path, nrow=columns)
 
-
-# ===== 12. Benchmark: each step against its floor, in one run =====================================
-
-def side_by_side(functions: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    wait = getattr(torch, device).synchronize
-    for i in range(3 + repeats):                                         # three warm up
-        for name, function in functions.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            times[name] += [1000 * (time.perf_counter() - start)] * (i >= 3)
-    return {name: float(np.median(t)) for name, t in times.items()}
-
-
-def bench_functions(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None,
-                    layout: torch.memory_format) -> dict[str, Callable]:
-    """The two steps of a run and their floors, bare passes over the same tensors, to be timed."""
-    teacher, frozen, pupil = (copy.deepcopy(net).to(memory_format=layout)
-                              for net in (teacher, student, student))
-    set_training(frozen, False)
-    set_training(pupil, True)
-    a, b = (new_state(teacher, net, config, prior) for net in (frozen, pupil))
-    a.generator.to(memory_format=layout)
-    labels = torch.arange(config.synth_batch, device=a.bank.labels.device) % len(a.cend.embeddings)
-    e_hat, sources = a.cend(labels)
-    b.bank.push(a.generator(e_hat).detach(), labels, sources)
-    ready = b.bank.sample(config.batch_size)[0].contiguous(memory_format=layout)
-
-    def kd_floor():
-        with autocast(ready, config):
-            with torch.no_grad():
-                teacher(ready)
-            loss = pupil(ready).float().mean()
-        b.student_optimizer.zero_grad()
-        loss.backward()
-        b.student_optimizer.step()
-
-    def kd_step():
-        images, labels, _ = b.bank.sample(config.batch_size)
-        with b.learner.embedding, b.teacher_embedding:
-            student_step(b, teacher, b.learner, augment(images), labels, config)
-
-    def synthesis_floor():
-        with autocast(e_hat, config):
-            images = a.generator(e_hat)
-            loss = teacher(images).float().mean()
-            if config.lambda_adv:
-                loss = loss + frozen(images).float().mean()
-        a.generator_optimizer.zero_grad()
-        loss.backward()
-
-    def synthesis_step():
-        with a.matching:
-            generator_step(a, teacher, a.generator, e_hat, labels, config)
-
-    return {"KD step": kd_step, "KD floor": kd_floor, "synthesis step": synthesis_step,
-            "synthesis floor": synthesis_floor,
-            "synthesis round": lambda: synthesis_round(a, teacher, config)}
-
-
-def benchmark(config: Config, status: Status) -> None:
-    """--benchmark: what a run costs, what each setting buys; a table, and benchmark.json.
-
-    Names before a comma are the run as it is set, names with one are what follows the comma.
-    """
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    _, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    teacher, prior = get_teacher(config, classes, status), read_prior(config.prior)
-    student = fresh_student(config, teacher, len(classes))
-
-    def variant(layout=torch.channels_last, **changes) -> dict[str, Callable]:
-        changed = dataclasses.replace(config, **changes)
-        return bench_functions(teacher, student, changed, prior, layout)
-
-    run, other = variant(), "fp32" if config.precision == "bf16" else "bf16"
-    steps, floors = ("KD step", "synthesis step"), ("KD floor", "synthesis floor")
-    ms = side_by_side({f"{name}, default malloc": run[name] for name in steps}, config.device, 20)
-    keep_freed_memory()                                  # `main` did not yet
-    rivals = {other: variant(precision=other),
-              "contiguous memory": variant(torch.contiguous_format)}
-    timed = {name: run[name] for name in steps + floors}
-    timed |= {f"{name}, {rival}": rivals[rival][name] for rival in rivals for name in floors}
-    if config.compile:
-        timed |= {f"{name}, eager": variant(compile=False)[name] for name in steps}
-    ms |= side_by_side(timed, config.device, 40)
-    ms |= side_by_side({"synthesis round": run["synthesis round"], "synthesis round, heavy":
-                        variant(generator_width=128)["synthesis round"]}, config.device, 5)
-    x = to_float(torch.rand(128, 16, 32, 32), config.device)
-    ms |= side_by_side({"statistics": lambda: BatchStatistics.apply(x), "statistics, var_mean":
-                        lambda: torch.var_mean(x, (0, 2, 3))}, config.device, 50)
-    for size in (1_000, 10_000, 100_000):
-        bank = MemoryBank(size, config.image_size, config.device)
-        bank.pushed, batch = size, (bank.images[:128].clone(), *2 * [bank.labels[:128].clone()])
-        ms |= side_by_side({f"bank of {size}, push": functools.partial(bank.push, *batch),
-                            f"bank of {size}, sample": functools.partial(bank.sample, 128)},
-                           config.device, 50)
-    result = {f"{name} step / its floor": ms[f"{name} step"] / ms[f"{name} floor"]
-              for name in ("KD", "synthesis")}
-    result |= {f"{name} / as run": t / ms[name.split(", ")[0]] for name, t in ms.items()
-               if name.split(", ")[0] in ms and ", " in name}
-    result["images finished / s"] = 1000 * config.synth_batch / ms["synthesis round"]
-    result["images consumed / s"] = 1000 * config.batch_size / ms["KD step"]
-    result |= {f"{name}, ms": t for name, t in ms.items()}
-    with contextlib.suppress(ImportError):               # not on Windows; macOS says bytes
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result["peak resident MB"] = peak / (1e6 if sys.platform == "darwin" else 1e3)
-    if config.device == "cuda":
-        result["peak CUDA MB"] = torch.cuda.max_memory_allocated() / 1e6
-    where = (f"{config.teacher} -> {config.student}, {config.device} {config.precision}, "
-             f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    status.line(f"| {where} | |\n|---|---|\n" + "\n".join(
-        f"| {name} | {value:.3g} |" for name, value in result.items()))
-    save_atomic(json.dumps({"where": where, **result}, indent=1), out / "benchmark.json")
-
-
-# ===== 13. Main ===================================================================================
-
-def load_train(config: Config, classes: list[str]) -> Dataset:
-    """The train split of config.dataset; UserError if its classes are not the test split's."""
-    train, names = load_data(config.dataset, "train", config.data_root, config.image_size)
-    if names != classes:
-        raise UserError(f"{config.dataset}: train/ and test/ have different classes")
-    return train
-
-
-def get_teacher(config: Config, classes: list[str], status: Status) -> nn.Module:
-    """--teacher-ckpt, or checkpoints/DATASET_ARCH.pth, which is trained now if it is not there."""
-    size = "" if config.image_size == 32 else f"_{config.image_size}px"
-    path = Path(config.teacher_ckpt
-                or f"checkpoints/{dataset_name(config.dataset)}_{config.teacher}{size}.pth")
-    mean, std = BUILT_IN[config.dataset][2] if config.dataset in BUILT_IN else (None, None)
-    if config.benchmark and not (config.teacher_ckpt or path.exists()):
-        net = build_model(config.teacher, len(classes), config.image_size)   # as fast as a trained
-        return with_normalisation(net, *IMAGENET).eval().requires_grad_(False).to(config.device)
-    if not (config.teacher_ckpt or path.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        status.line(f"no {path}: training {config.teacher} for {config.teacher_epochs} epochs")
-        train = load_train(config, classes)
-        if not mean:                                     # measured on some 2,000 images
-            some = [train[i][0] for i in range(0, len(train), max(1, len(train) // 2000))]
-            std, mean = torch.std_mean(torch.stack(some).float() / 255, (0, 2, 3))
-            std = std.clamp_min(1e-3)                    # a channel may be empty
-        net = build_model(config.teacher, len(classes), config.image_size)
-        model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
-        train_classifier(model, train, config, status)
-        save_atomic(export(model, config.teacher, config), path)
-    stored = read_checkpoint(str(path))
-    mean, std = (config.mean or stored.get("mean") or mean, config.std or stored.get("std") or std)
-    if mean is None or std is None:
-        status.line(f"warning: {path} stores no normalisation; ImageNet's is taken (--mean, --std)")
-        mean, std = mean or IMAGENET[0], std or IMAGENET[1]
-    return load_teacher(config.teacher, len(classes), str(path), mean, std,
-                        config.image_size).to(config.device)
-
+def read_prior(name: str) -> Tensor | None:
+    """--prior FILE -> (K, E) tensor; None for the priors that need no file."""
+    try:
+        return None if name in ("teacher", "index") else torch.from_numpy(np.load(name)).float()
+    except Exception as error:
+        raise UserError(f"--prior {name!r} is neither teacher, index nor a .npy file with a (K, E) "
+                        f"array ({first_line(error)})") from error
 
 def fresh_student(config: Config, teacher: nn.Module, num_classes: int) -> nn.Module:
     """The untrained student of config.seed, with the teacher's normalisation, on its device."""
@@ -1699,245 +1402,213 @@ def fresh_student(config: Config, teacher: nn.Module, num_classes: int) -> nn.Mo
     mean_std = (buffer.tolist() for buffer in teacher.normalize.buffers())
     return with_normalisation(net, *mean_std).to(config.device)
 
+def load_tasks(config: Config) -> dict[str, tuple]:
+    """What frozen features are probed on: "probe" (train, test), "detection" (and categories)."""
+    tasks = {"probe": load_splits(config.probe_dataset, config)} if config.probe_dataset else {}
+    return tasks | ({"detection": load_detection(config)} if config.detection else {})
 
-def read_prior(name: str) -> Tensor | None:
-    """--prior FILE -> (K, E) tensor; None for the priors that need no file."""
-    if name in ("teacher", "index"):
-        return None
-    if not Path(name).is_file():
-        raise UserError(f"--prior {name!r} is neither teacher, index nor a file")
-    try:
-        array = np.load(name, allow_pickle=False) if name.endswith(".npy") else load_safely(name)
-        prior = torch.as_tensor(array)
-        if not is_plain(prior):
-            raise ValueError
-        return prior.detach().float()
-    except Exception as error:                           # whatever a broken or hostile file raises
-        raise UserError(f"cannot read the prior {name!r}: it holds no (K, E) array") from error
-
-
-def evaluate_only(config: Config, given: set[str], status: Status) -> None:
-    """--eval-only: accuracy and probe of a saved student.pt, which says what network it is."""
-    stored, path = read_checkpoint(config.eval_only), config.eval_only
-    if not (stored.get("arch") in ARCHITECTURES and isinstance(stored.get("image_size"), int)):
-        raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
-    if stored.get("dataset") != dataset_name(config.dataset) and "dataset" not in given:
-        raise UserError(f"{path} was distilled for {stored.get('dataset')}: give --dataset")
-    config.image_size = stored["image_size"]
-    check(config)
-    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    model = load_teacher(stored["arch"], len(classes), path, image_size=config.image_size)
-    logits, _, labels = predict(model.to(config.device), test, config.device)
-    status.line(f"{stored['arch']}: {top1(logits, labels):.2f} % on {len(test)} test images")
-    if probe := load_probe(config):
-        accuracy = linear_probe(model, *probe, config.device)["accuracy"]
-        status.line(f"linear probe on {config.probe_dataset}: {accuracy:.2f} %")
-
-
-def resume_or_start(config: Config, given: set[str]) -> tuple[Config, dict | None]:
-    """Guard the run directory -> (settings, saved state or None)."""
-    last = Path(config.out) / "last.pt"
-    there = next(p for p in (last.parent, *last.parent.parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"cannot write to {there}: take another --out")
-    settings = last.with_name("config.json")
-    if not config.resume:
-        if not config.overwrite:
-            if any((last.parent / name).exists() for name in RUN_FILES[2:]):
-                raise UserError(f"{config.out} holds a run: --resume it, --overwrite it, or take "
-                                f"another --out")
-            if settings.exists():                        # of a run killed in its first cycle, or
-                read_config(settings)                    # somebody else's
-        return config, None
-    if not last.exists():
-        raise UserError(f"nothing to resume: there is no {last}")
-    stored, saved = read_config(settings), load_safely(last)
-    fixed = {f.name for f in dataclasses.fields(Config)} - MAY_CHANGE_ON_RESUME
-    try:
-        same = all(saved["config"][k] == getattr(stored, k) for k in fixed)
-        processes = len(saved["processes"])
-    except (LookupError, TypeError, RuntimeError):
-        same = False
-    if not same:
-        raise UserError(f"{last} was not saved with the config.json beside it")
-    if changed := {k for k in given & fixed if getattr(config, k) != getattr(stored, k)}:
-        raise UserError(f"a resumed run keeps its settings; this would change "
-                        f"{', '.join(sorted(changed))}")
-    if processes != world():
-        raise UserError(f"{last} is of {processes} processes, here are {world()}")
-    free = {k: getattr(config, k) for k in (MAY_CHANGE_ON_RESUME & given) | {"device", "out"}}
-    return dataclasses.replace(stored, **free), saved
-
-
-def read_config(path: Path) -> Config:
-    """The settings in a run's config.json, checked as those of the command line are."""
-    try:
-        stored = json.loads(path.read_text())
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"no settings of this program in {path}: {first_line(error)}") from error
-    check(config)
-    return config
-
-
-def first_state(config: Config, teacher: nn.Module, student: nn.Module, prior: Tensor | None,
-                saved: dict | None, real: Dataset | None) -> State:
-    """What `distill` begins with: a new state, the saved one, or one whose bank holds `real`."""
-    config.bank_capacity = len(real) if real else config.bank_capacity
-    state = new_state(teacher, student, config, prior)
-    if saved:
-        unpack_state(saved, state, teacher)
-        return state
-    for images, labels in DataLoader(real, batch_size=256) if real else ():
-        state.bank.push(*(part.to(config.device) for part in (images, labels, labels * 0)))
-    if rank():                                           # every process draws images of its own
-        torch.manual_seed(config.seed + 1_000_003 * rank())
-    return state
-
-
-def score(config: Config, teacher: nn.Module, student: nn.Module, t_logits: Tensor,
-          test: Dataset, probe: tuple[Dataset, Dataset] | None, status: Status) -> dict:
-    """Accuracy, agreement and probe of a finished student beside its teacher's, printed too."""
-    logits, _, labels = predict(student, test, config.device)
-    result = {"teacher_accuracy": top1(t_logits, labels), "student_accuracy": top1(logits, labels),
-              "agreement": top1(logits, t_logits.argmax(1)), "test_images": len(test)}
-    status.line(f"student {config.student}: {result['student_accuracy']:.2f} % (teacher "
-                f"{result['teacher_accuracy']:.2f} %), agreement {result['agreement']:.2f} %")
-    if probe:
-        models = {"student": student, "teacher": teacher,
-                  "untrained": fresh_student(config, teacher, t_logits.shape[1])}
-        result["probe"] = {name: linear_probe(model, *probe, config.device)["accuracy"]
-                           for name, model in models.items()}
-        status.line(f"linear probe on {config.probe_dataset}: " + ", ".join(
-            f"{name} {accuracy:.2f} %" for name, accuracy in result["probe"].items()))
+def score(networks: dict[str, nn.Module], test: Dataset, tasks: dict[str, tuple], config: Config,
+          status: Status) -> dict:
+    """Top-1, agreement, probes of networks by name, in percent: printed, and for summary.json."""
+    seen = {name: predict(network, test, config.device) for name, network in networks.items()}
+    top = {name: top1(logits, labels) for name, (logits, _, labels) in seen.items()}
+    result = {"test_images": len(test)} | {f"{name}_accuracy": v for name, v in top.items()}
+    tables = {f"top-1 on {len(test)} test images": top}
+    if "teacher" in seen:
+        result["agreement"] = top1(seen["student"][0], seen["teacher"][0].argmax(1))
+    if "probe" in tasks:
+        result["probe"] = tables[f"linear probe on {config.probe_dataset}"] = {
+            name: linear_probe(network, *tasks["probe"], config.device)["accuracy"]
+            for name, network in networks.items()}
+    if "detection" in tasks:
+        train, scenes, names = tasks["detection"]
+        found = {name: detection_probe(network, train, scenes, config.device, names)
+                 for name, network in networks.items()}
+        result["detection"] = tables[f"detection on {config.detection_dataset}, AP50"] = {
+            name: probe["ap50"] for name, probe in found.items()}
+        if config.eval_only is None:
+            save_detections(scenes, [probe["detections"] for probe in found.values()],
+                            Path(config.out, "detection.png"))
+    for title, values in tables.items():
+        status(f"{title}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()), True)
     return result
 
+def evaluate_only(config: Config, status: Status) -> None:
+    """--eval-only: scores of a saved student.pt, which says what network it is."""
+    path, stored = config.eval_only, read_checkpoint(config.eval_only)
+    if "arch" not in stored:
+        raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
+    if config.dataset == "shapes" != stored["dataset"]:
+        raise UserError(f"{path} was distilled for {stored['dataset']}: give --dataset")
+    config = dataclasses.replace(config, image_size=stored["image_size"])
+    test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
+    student = load_teacher(stored["arch"], len(names), path, image_size=config.image_size)
+    score({"student": student.to(config.device)}, test, load_tasks(config), config, status)
 
-def run(config: Config, given: set[str]) -> None:
-    """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
-    status = Status()
-    saved = None
-    if not (config.eval_only or config.benchmark):
-        config, saved = resume_or_start(config, given)
-    set_numerics(config)
-    share = share_of(config)
-    if config.eval_only:
-        return evaluate_only(config, given, status)
-    if config.benchmark:
-        return benchmark(config, status)
-    if saved and (Path(config.out) / "summary.json").exists():
-        return status.line(f"{config.out} is finished; its results are in summary.json")
-    with torch.device("meta"):                           # what is wrong fails before any work
-        for arch in (config.student, config.teacher):
-            build_model(arch, 2)
-        Generator(1, config.image_size, config.generator_width)
-    prior = read_prior(config.prior)
-    torch.manual_seed(config.seed)
-    if rank() > 0:                                       # process 0 goes first, and
-        agreed(0)
-    test, classes = load_data(config.dataset, "test", config.data_root, config.image_size)
-    probe = load_probe(config)
-    teacher = get_teacher(config, classes, status)
-    real = load_train(config, classes) if config.real_kd else None
-    if rank() == 0:                                      # the others find its downloads
-        agreed(0)
-    start, lead = time.perf_counter(), rank() == 0
-    t_logits, _, labels = predict(teacher, test, config.device)
-    accuracy = top1(t_logits, labels)
-    status.line(f"teacher {config.teacher}: {accuracy:.2f} % on {len(test)} test images")
-    if accuracy < 5 + 100 / len(classes):
-        status.line("warning: this teacher knows next to nothing; are --mean, --std and the order "
-                    "of the classes its own?")
+class Recorder:
+    """What a run does around each cycle: clock, log, evaluation, checkpoint, stopping."""
 
-    student = fresh_student(config, teacher, len(classes))
-    state = first_state(share, teacher, student, prior, saved, real)
-    out, save_at, resumed, first = Path(config.out), -math.inf, state.seconds, state.cycle
-    sizes = [f"{sum(p.numel() for p in m.parameters()):,}" for m in (student, state.generator)]
-    status.line(f"student {config.student} {sizes[0]} weights, generator {sizes[1]}, preset "
-                f"{config.preset}, {config.device} {config.precision}, torch {torch.__version__}, "
-                f"into {out}" + (f", {world()} processes" if world() > 1 else ""))
+    def __init__(self, config: Config, state: State, test: Dataset, status: Status):
+        self.config, self.state, self.test, self.status = config, state, test, status
+        self.parts = [state, state.generator_optimizer, state.student_optimizer]
+        self.last, self.first, self.stopping = Path(config.out, "last.pt"), 0, False
+        self.save_at, self.start = -math.inf, time.perf_counter()
+        if config.resume:
+            saved = load_safely(self.last)
+            restore(saved, self.parts, config.device)
+            state.cycle, state.seconds, state.bank.pushed = saved["counters"]
+            self.first = state.cycle
 
-    def save() -> None:
-        nonlocal save_at
-        begin = time.perf_counter()
-        packed = pack_state(state, teacher, config)
-        if lead:
-            save_atomic(packed, out / "last.pt")
-        save_at = time.perf_counter() + SAVE_EVERY * (time.perf_counter() - begin)
+    def save(self) -> None:
+        """last.pt, from which a run goes on; saving takes 2 % of the time at most."""
+        begin, state = time.perf_counter(), self.state
+        counters = [state.cycle, state.seconds, state.bank.pushed]
+        if rank() == 0:
+            save_atomic(snapshot(self.parts, self.config.device) | {"counters": counters},
+                        self.last)
+        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)
 
-    def on_cycle(state: State, metrics: dict) -> None:
-        done = run_progress(state, config)
-        shown = [f"{k} {metrics[k]:.2f}" for k in ("kd", "variance", "recognised") if k in metrics]
-        status(f"distilling: {done:.0%}, cycle {state.cycle}, {state.seconds / state.cycle:.1f} s "
-               f"each, {state.seconds * (1 / done - 1):.0f} s left, {', '.join(shown)}")
-        if lead and state.cycle == first + 1:
-            open_run(out, config, first)
-        if lead and state.cycle % config.eval_every == 0:
-            metrics["accuracy"] = top1(predict(student, test, config.device)[0], labels)
-            status.line(f"cycle {state.cycle}, {state.seconds:.0f} s: {metrics['accuracy']:.2f} %")
-            save_samples(state.bank, len(classes), out / "samples.png")
-        if lead:
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        stop = agreed(bool(asked))
-        if stop or agreed(time.perf_counter() > save_at):
-            save()
-        if stop:
+    def stop(self, number, frame) -> None:
+        """Ctrl-C and SIGTERM: end after this cycle, saved; the second time end at once."""
+        if self.stopping:
             raise KeyboardInterrupt
+        self.stopping = True
+        os.write(2, b"\nstopping after this cycle; once more to stop now\n")
 
-    with stop_after_cycle() as asked:
-        distill(teacher, student, share, prior, state, on_cycle)
-    if lead and state.cycle == first:                    # resumed where only the end was missing
-        open_run(out, config, first)
-    save()
-    if not lead:
-        return
-    save_samples(state.bank, len(classes), out / "samples.png")
-    save_atomic(export(student, config.student, config), out / "student.pt")
-    summary = score(config, teacher, student, t_logits, test, probe, status)
-    summary |= {"cycles": state.cycle, "seconds": state.seconds, "seed": config.seed,
-                "images": 0 if real else state.bank.pushed * world(),
-                "seconds_around": time.perf_counter() - start - state.seconds + resumed,
-                "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
-    status.line(f"{summary['images']:,} images made; synthesis and distillation took "
-                f"{state.seconds:.0f} s, all around them {summary['seconds_around']:.0f} s")
-    save_atomic(json.dumps(summary, indent=1), out / "summary.json")
+    def done(self) -> float:
+        """Share of the run that is over: of --minutes, or of --cycles."""
+        if not self.config.minutes:
+            return self.state.cycle / self.config.cycles
+        spent = agreed(self.state.seconds + time.perf_counter() - self.start)
+        return min(1.0, spent / (60 * self.config.minutes))
 
+    def __call__(self, state: State, metrics: dict) -> None:
+        """After each cycle; what this takes is not counted in state.seconds."""
+        state.seconds += agreed(time.perf_counter() - self.start)
+        self.start, log = time.perf_counter(), self.last.with_name("metrics.jsonl")
+        for buffer in state.student.buffers() if world() > 1 else ():
+            dist.broadcast(buffer, 0)                    # BatchNorm statistics of process 0
+        metrics |= {"seconds": state.seconds, "images": state.bank.pushed}
+        if state.cycle % self.config.eval_every == 0:
+            logits, _, labels = predict(state.student, self.test, self.config.device)
+            metrics["accuracy"] = top1(logits, labels)
+        if rank() == 0:
+            if state.cycle == self.first + 1:            # until now nothing was written
+                old = log.read_text().splitlines(keepends=True) if self.first else []
+                save_atomic("".join(old[:self.first]), log)      # the lines up to last.pt
+                save_atomic(json.dumps(dataclasses.asdict(self.config), indent=1),
+                            self.last.with_name("config.json"))
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        left = state.seconds / 60 * (1 / self.done() - 1)
+        shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
+        self.status(f"distilling: {self.done():.0%}, cycle {state.cycle}, {left:.1f} minutes left, "
+                    + ", ".join(f"{k} {metrics[k]:.2f}" for k in shown),
+                    stay="accuracy" in metrics or state.cycle == self.first + 1)
+        stopping, due = agreed((self.stopping, time.perf_counter() > self.save_at))
+        if stopping or due:
+            self.save()
+        if stopping:
+            raise KeyboardInterrupt
+        self.start = time.perf_counter()
+
+def choose_directory(config: Config) -> Path:
+    """--out, which has to be free unless it is resumed; else the first free name in runs/."""
+    out = Path(config.out or "_".join(("runs/" + dataset_name(config.dataset), config.teacher,
+                                       config.student, str(config.seed))))
+    while not (config.out or not out.exists()):
+        stem, _, n = out.name.partition("-again")
+        out = out.with_name(f"{stem}-again{int(n or 0) + 1}")
+    if not config.resume and any(path.name not in ("config.json", "metrics.jsonl")
+                                 for path in out.glob("*")):     # those of a run's first minute
+        raise UserError(f"{out} is not empty: --resume the run in it, or take another --out")
+    return out
+
+def run(config: Config) -> None:
+    """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
+    status, begin, prior = Status(), time.perf_counter(), read_prior(config.prior)
+    if config.eval_only is not None:
+        return evaluate_only(config, status)
+    config.out = agreed(str(choose_directory(config)))
+    torch.manual_seed(config.seed)
+    if rank() > 0:                                       # process 0 downloads and trains first,
+        agreed(None)
+    test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
+    train = functools.cache(lambda: load_splits(config.dataset, config)[0])
+    tasks = load_tasks(config)
+    teacher = get_teacher(config, len(names), train, status)
+    if rank() == 0:                                      # the others find what it left
+        agreed(None)
+    logits, _, labels = predict(teacher, test, config.device)
+    known = top1(logits, labels)
+    status(f"teacher {config.teacher}: {known:.2f} % on {len(test)} test images" + (
+        "; next to nothing: are --mean, --std and the order of the classes its own?"
+        if known < 5 + 100 / len(names) else ""), True)
+    config.bank_capacity = len(train()) if config.real_kd else config.bank_capacity
+    student = fresh_student(config, teacher, len(names))
+    state = State(teacher, student, config, prior)
+    if config.real_kd:
+        for images, labels in batches(train(), generator=torch.Generator()):
+            state.bank.push(images.to(config.device), labels.to(config.device))
+    if world() > 1:
+        connect(state)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (student, state.generator)]
+    status(f"student {config.student} of {sizes[0]:,} weights, generator of {sizes[1]:,}, "
+           f"{config.device} {config.precision}, torch {torch.__version__}, in {config.out}", True)
+    recorder = Recorder(config, state, test, status)
+    before = [signal.signal(number, recorder.stop) for number in (signal.SIGINT, signal.SIGTERM)]
+    distill(teacher, student, config, None, state, recorder.done, recorder)
+    signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+    recorder.save()
+    if rank() == 0:
+        out, images = Path(config.out), 0 if config.real_kd else state.bank.pushed
+        save_samples(state.bank, len(names), out / "samples.png")
+        save_atomic(export(student, config.student, image_size=config.image_size,
+                           dataset=dataset_name(config.dataset)), out / "student.pt")
+        networks = {"student": student, "teacher": teacher,
+                    "untrained": fresh_student(config, teacher, len(names))}
+        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        summary = score(networks, test, tasks, config, status) | {
+            "cycles": state.cycle, "seconds": state.seconds, "seed": config.seed, "images": images,
+            "versions": versions}
+        save_atomic(json.dumps(summary, indent=1), out / "summary.json")
+        status(f"{images:,} images made in {state.seconds:.0f} s of synthesis and distillation, "
+               f"all else took {time.perf_counter() - begin - state.seconds:.0f} s", True)
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
     config = None
     try:
-        config, given = parse_args(argv)
-        if not config.benchmark:
-            keep_freed_memory()
-        with warnings.catch_warnings(), process_group(config):
-            warnings.simplefilter("ignore")              # of libraries: one line says what is wrong
-            run(config, given)
-    except (UserError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; is there room, and the right to write? What was saved is intact",
-              file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        short = ("out of memory", "enough memory", "allocate memory", "bad_alloc")
-        if isinstance(error, MemoryError) or any(words in str(error) for words in short):
-            remedy = "not enough memory; lower a batch size, --bank-capacity or --generator-width"
-        elif config and config.compile:
-            remedy = "torch.compile may have failed; run without --compile"
-        else:
-            raise
-        print(f"error: {remedy} ({first_line(error)})", file=sys.stderr)
-        return 2
+        config = parse_args(argv)
+        with contextlib.suppress(OSError, AttributeError, TypeError):    # another C library
+            mallopt = ctypes.CDLL(None).mallopt          # glibc: keep freed blocks, do not fetch
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)     # zeroed pages for each step: M_MMAP_MAX,
+        torch.backends.cudnn.allow_tf32 = config.precision == "bf16"     # M_TRIM_THRESHOLD
+        join_processes(config)
+        run(config)
+        return 0
+    except SystemExit as stop:                           # --help, or a flag that argparse refuses
+        return stop.code
     except KeyboardInterrupt:
-        saved = config and Path(config.out, "last.pt").exists()
-        print("\ninterrupted; " + (f"go on with --resume --out {config.out}" if saved
-                                   else "no cycle was finished"), file=sys.stderr)
+        saved = config and config.out and Path(config.out, "last.pt").exists()
+        print("\ninterrupted; " + (f"go on with --resume --out {config.out}" if saved else
+                                   "the same command goes on with what was saved"), file=sys.stderr)
         return 130
-    return 0
-
+    except BrokenPipeError:                              # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if config and config.debug:
+            raise
+        known = isinstance(error, (UserError, FloatingPointError))
+        hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
+        if "memory" in first_line(error):
+            hint = "; lower a batch size, --bank-capacity or --generator-width"
+        print(f"error: {first_line(error)}{hint}", file=sys.stderr)
+        return 2
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)            # ends a run as Ctrl-C does

@@ -1,28 +1,26 @@
 """Tests of cae_dfkd.py: oracles, invariants, checkpoint layouts, the real command line, the README.
 
 Run with `python -m pytest -q`. Tests that need real images look for ../shared/data (or the folder in
-CAE_DFKD_DATA) and skip, saying so, where it is absent.
+CAE_DFKD_DATA) and skip, saying so, where it is absent. CAE_DFKD_SLOW=1 adds the kills and the soak.
 """
+# SPDX-License-Identifier: MIT
 
 import ast
-import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
+import hashlib
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import zipfile
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,26 +34,12 @@ import cae_dfkd as C
 
 HERE = Path(__file__).resolve().parent
 REAL = Path(os.environ.get("CAE_DFKD_DATA", HERE.parent / "shared" / "data"))
-needs_real = pytest.mark.skipif(
-    not (REAL / "cifar10").is_dir(), reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it"
-)
-SOURCE = (HERE / "cae_dfkd.py").read_text()
-TINY = dict(
-    precision="fp32",
-    student_lr=0.1,
-    lr_warmup=1,
-    cycles=2,
-    generator_width=16,
-    synth_batch=20,
-    synth_steps=2,
-    kd_steps=2,
-    batch_size=20,
-    bank_capacity=64,
-    warmup_rounds=1,
-    image_size=16,
-)
-
-
+needs_real = pytest.mark.skipif(not (REAL / "cifar10").is_dir(),
+                                reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it")
+slow = pytest.mark.skipif("CAE_DFKD_SLOW" not in os.environ, reason="minutes; CAE_DFKD_SLOW=1 runs it, as .ci/run does")
+SOURCE, README = (HERE / "cae_dfkd.py").read_text(), (HERE / "README.md").read_text()
+TINY = dict(precision="fp32", student_lr=0.1, lr_warmup=1, cycles=2, generator_width=16, synth_batch=20, synth_steps=2,
+            kd_steps=2, batch_size=20, bank_capacity=64, warmup_rounds=1, image_size=16)
 DRAW_SHAPES = C.draw_shapes
 
 
@@ -72,23 +56,26 @@ def rng(*shape, seed=0, scale=1.0):
     return np.random.default_rng(seed).standard_normal(shape) * scale
 
 
-@pytest.fixture
-def pair():
+def build_pair(teacher="resnet8", classes=4, rounds=2):
     """A small teacher with lived-in BatchNorm statistics, and a student: both take (B, 3, 16, 16)."""
     torch.manual_seed(1)
-    teacher, student = C.build_model("resnet20", 4), C.build_model("resnet8", 4)
-    for _ in range(3):
+    teacher, student = C.build_model(teacher, classes), C.build_model("resnet8", classes)
+    for _ in range(rounds):
         teacher(torch.rand(16, 3, 16, 16))
     return teacher.eval(), student
 
 
+@pytest.fixture
+def pair():
+    return build_pair("resnet20", rounds=3)
+
+
 def distilled(pair, **changes):
-    teacher, student = pair
-    return C.distill(teacher, student, C.Config(**{**TINY, **changes}))
+    return C.distill(*pair, C.Config(**{**TINY, **changes}))
 
 
 def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
+    a, b = (m if isinstance(m, dict) else m.state_dict() for m in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -104,42 +91,33 @@ def slow_ce(t, y):
     return sum(-log_softmax(row)[k] for row, k in zip(t, y)) / len(t)
 
 
+def kl(row_t, row_s):
+    return sum(math.exp(b) * (b - a) for a, b in zip(log_softmax(row_s), log_softmax(row_t)))
+
+
 def slow_kd(s, t, tau):
-    total = 0.0
-    for row_s, row_t in zip(s, t):
-        ls, lt = log_softmax([v / tau for v in row_s]), log_softmax([v / tau for v in row_t])
-        total += sum(math.exp(b) * (b - a) for a, b in zip(ls, lt))
-    return tau * tau * total / len(s)
+    return tau * tau * sum(kl([v / tau for v in b], [v / tau for v in a]) for a, b in zip(s, t)) / len(s)
 
 
 def slow_adversarial(s, t):
-    total = 0.0
-    for row_s, row_t in zip(s, t):
-        if max(range(len(row_s)), key=lambda k: row_s[k]) == max(range(len(row_t)), key=lambda k: row_t[k]):
-            total += sum(math.exp(b) * (b - a) for a, b in zip(log_softmax(row_s), log_softmax(row_t)))
-    return -total / len(s)
+    return -sum(kl(b, a) for a, b in zip(s, t) if np.argmax(a) == np.argmax(b)) / len(s)
 
 
-def unit(row):
-    length = math.sqrt(sum(v * v for v in row))
-    return [v / length for v in row]
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b))
-
-
-def slow_cae(z, y, e, tau):
-    return sum(-log_softmax([dot(unit(row), unit(other)) / tau for other in e])[k] for row, k in zip(z, y)) / len(z)
+def slow_cae(z, f, tau):
+    return sum(-log_softmax([cosine(row, other) / tau for other in f])[i] for i, row in enumerate(z)) / len(z)
 
 
 def slow_contrastive(z, y, tau):
-    z, terms = [unit(row) for row in z], []
+    terms = []
     for i in range(len(z)):
         positives = [p for p in range(len(z)) if p != i and y[p] == y[i]]
         if positives:
-            below = sum(math.exp(dot(z[i], z[a]) / tau) for a in range(len(z)) if a != i)
-            terms.append(-sum(math.log(math.exp(dot(z[i], z[p]) / tau) / below) for p in positives) / len(positives))
+            below = sum(math.exp(cosine(z[i], z[a]) / tau) for a in range(len(z)) if a != i)
+            terms.append(-sum(cosine(z[i], z[p]) / tau - math.log(below) for p in positives) / len(positives))
     return sum(terms) / len(terms) if terms else 0.0
 
 
@@ -165,19 +143,15 @@ def numeric_gradient(f, x, h=1e-6):
 
 
 LABELS = [0, 1, 2, 0, 1, 0]
-S, T, Z, E = rng(6, 4, seed=1, scale=2), rng(6, 4, seed=2, scale=2), rng(6, 5, seed=3), rng(4, 5, seed=4)
+S, T, Z, E = rng(6, 4, seed=1, scale=2), rng(6, 4, seed=2, scale=2), rng(6, 5, seed=3), rng(6, 5, seed=4)
 S[:3] = T[:3] + 0.3  # half of the rows agree on the argmax, half need not
 ORACLES = {
     "eq3": (lambda x: C.category_consistency_loss(x, torch.tensor(LABELS)), lambda x: slow_ce(x, LABELS), T),
     "eq5 student": (lambda x: C.adversarial_loss(x, torch.tensor(T)), lambda x: slow_adversarial(x, T), S),
     "eq5 teacher": (lambda x: C.adversarial_loss(torch.tensor(S), x), lambda x: slow_adversarial(S, x), T),
     "eq7": (lambda x: C.kd_loss(x, torch.tensor(T), 3.0), lambda x: slow_kd(x, T, 3.0), S),
-    "eq7 default": (lambda x: C.kd_loss(x, torch.tensor(T)), lambda x: slow_kd(x, T, 4.0), S),
-    "eq8": (
-        lambda x: C.category_aware_embedding_loss(x, torch.tensor(LABELS), torch.tensor(E), 0.2),
-        lambda x: slow_cae(x, LABELS, E, 0.2),
-        Z,
-    ),
+    "eq7 default": (lambda x: 100 * C.kd_loss(x, torch.tensor(T)), lambda x: 100 * slow_kd(x, T, 20.0), S),
+    "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(E), 0.2), lambda x: slow_cae(x, E, 0.2), Z),
     "eq9": (lambda x: C.contrastive_loss(x, torch.tensor(LABELS), 0.3), lambda x: slow_contrastive(x, LABELS, 0.3), Z),
 }
 
@@ -189,8 +163,8 @@ def test_loss_value_and_gradient(name):
     value = fast(tensor)
     value.backward()
     assert value.shape == () and value.item() == pytest.approx(slow(x), rel=1e-9)
-    np.testing.assert_allclose(tensor.grad.numpy(), numeric_gradient(slow, x), atol=1e-6)
-    assert np.abs(tensor.grad.numpy()).max() > 1e-4  # an oracle of a constant would prove nothing
+    np.testing.assert_allclose(tensor.grad.numpy(), numeric_gradient(slow, x), atol=1e-5)
+    assert np.abs(tensor.grad.numpy()).max() > 1e-3  # an oracle of a constant would prove nothing
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -215,75 +189,73 @@ def test_statistics_under_bf16_stay_close():
     torch.testing.assert_close(var, x.double().var((0, 2, 3), correction=0).float(), atol=1e-3, rtol=1e-3)
 
 
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
 def test_feature_matching_is_the_mean_over_layers_and_leaves_no_hook(pair):
-    teacher, _ = pair
-    seen, x = [], torch.rand(4, 3, 16, 16)
+    teacher, x = pair[0], torch.rand(4, 3, 16, 16)
     layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-    handles = [m.register_forward_hook(lambda m, a, o: seen.append((m, a[0].detach().clone()))) for m in layers]
-    teacher(x)
-    for handle in handles:
-        handle.remove()
-    slow = [slow_statistics(a, m.running_mean.tolist(), m.running_var.tolist()) for m, a in seen]
-    x.requires_grad_()
-    with C.FeatureMatching(teacher) as fm:
+    with C.listen(*layers) as heard:
         teacher(x)
-    loss = fm.loss()
+    means = [slow_statistics(a, m.running_mean.tolist(), m.running_var.tolist()) for m, a in heard.items()]
+    x.requires_grad_()
+    with C.FeatureMatching(teacher) as matching:
+        teacher(x)
+    loss = matching.loss()
     loss.backward()
-    assert len(slow) == 19 and loss.item() == pytest.approx(sum(slow) / 19, rel=1e-4)
-    assert x.grad.abs().sum() > 0
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
-    before = len(fm.seen)
-    teacher(torch.rand(2, 3, 16, 16))
-    assert len(fm.seen) == before
+    assert len(means) == 19 and loss.item() == pytest.approx(sum(means) / 19, rel=1e-4)
+    assert x.grad.abs().sum() > 0 and hooks(teacher) == 0
     with pytest.raises(RuntimeError), C.FeatureMatching(teacher):
         raise RuntimeError
-    assert not any(m._forward_pre_hooks for m in teacher.modules())
-
-
-def test_feature_matching_without_batchnorm_is_zero():
-    with C.FeatureMatching(nn.Linear(2, 2)) as fm:
+    assert hooks(teacher) == 0
+    with C.FeatureMatching(nn.Linear(2, 2)) as matching:
         pass
-    assert fm.loss().item() == 0
-
-
-def test_objectives_are_weighted_sums():
-    a, b, c = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(-5.0)
-    assert C.generator_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5  # eq. 6
-    assert C.student_objective(a, b, c, 10.0, 0.5).item() == 2 + 30 - 2.5  # eq. 10
+    assert matching.loss().item() == 0  # no BatchNorm
 
 
 ALL_LOSSES = {
     "ce": lambda x, y: C.category_consistency_loss(x, y),
     "adv": lambda x, y: C.adversarial_loss(x, x.detach().flip(1) * 0.5 + x.detach()),
     "kd": lambda x, y: C.kd_loss(x, x.detach().flip(1)),
-    "cae": lambda x, y: C.category_aware_embedding_loss(x, y, torch.eye(4)),
+    "cae": lambda x, y: C.category_aware_embedding_loss(x, x.detach().flip(1)),
     "cncl": lambda x, y: C.contrastive_loss(x, y),
+}
+BATCHES = {
+    "one row": (torch.randn(1, 4), [2]),
+    "one class": (torch.randn(5, 4), [1] * 5),
+    "no pair": (torch.randn(4, 4), [0, 1, 2, 3]),
+    "zeros": (torch.zeros(6, 4), [0, 0, 1, 1, 2, 3]),
+    "equal rows": (torch.randn(1, 4).expand(6, 4), [0, 0, 1, 1, 2, 3]),
+    "huge": (torch.randn(6, 4) * 1e4, [0, 0, 1, 1, 2, 3]),
+    "tiny": (torch.randn(6, 4) * 1e-20, [0, 0, 1, 1, 2, 3]),
+    "hard": (2e4 * torch.eye(4) - 1e4, [0, 0, 1, 2]),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", ALL_LOSSES)
-@pytest.mark.parametrize(
-    "x, y",
-    [
-        (torch.randn(1, 4), [2]),
-        (torch.randn(5, 4), [1] * 5),
-        (torch.randn(4, 4), [0, 1, 2, 3]),
-        (torch.zeros(6, 4), [0, 0, 1, 1, 2, 3]),
-        (torch.randn(6, 4) * 1e4, [0, 0, 1, 1, 2, 3]),
-        (torch.randn(6, 4).bfloat16(), [0, 0, 1, 1, 2, 3]),
-    ],
-    ids=["one row", "one class", "no pair", "zeros", "extreme", "bf16"],
-)
-def test_losses_are_finite(name, x, y):
+def test_losses_are_finite_and_do_not_see_the_order(name, batch, dtype):
+    x, y = BATCHES[batch][0].to(dtype), torch.tensor(BATCHES[batch][1])
+    order = torch.randperm(len(y))
     for autocast in (False, True):
         x = x.clone().detach().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = ALL_LOSSES[name](x, torch.tensor(y))
+            loss = ALL_LOSSES[name](x, y)
         loss.backward()
         assert loss.isfinite() and x.grad.isfinite().all()
-        assert loss <= 0 if name == "adv" else loss >= -1e-6
-    if name == "cncl" and len(set(y)) == len(y):
+        assert loss <= 1e-6 if name == "adv" else loss >= -1e-2
+    if name == "cncl" and batch in ("one row", "no pair"):
         assert loss == 0
+    torch.testing.assert_close(ALL_LOSSES[name](x[order], y[order]), ALL_LOSSES[name](x, y), rtol=1e-3, atol=1e-3)
+
+
+def test_cosine_losses_do_not_see_the_scale():
+    z, f, labels = torch.randn(12, 6), torch.randn(12, 6), torch.arange(12) % 4
+    for scale in (1e-3, 1e3):
+        torch.testing.assert_close(C.contrastive_loss(z * scale, labels), C.contrastive_loss(z, labels))
+        torch.testing.assert_close(C.category_aware_embedding_loss(z * scale, f / scale), C.category_aware_embedding_loss(z, f))
 
 
 def test_within_class_variance():
@@ -322,7 +294,7 @@ def test_cend_draws_every_source_and_takes_any_number():
 
 def test_prior_is_centred_and_scaled():
     for k, width, rank in ((10, 64, 9), (10, 4, 4)):
-        e = C.category_prior(torch.tensor(rng(k, width) * 7 + 3))
+        e = C.centre_and_scale(torch.tensor(rng(k, width) * 7 + 3))
         assert e.mean(0).abs().max() < 1e-5 and torch.linalg.matrix_rank(e) == rank
         assert e.square().sum(1).mean().item() == pytest.approx(rank, rel=1e-4)
 
@@ -334,9 +306,7 @@ def test_generator_shapes(size):
 
 
 def test_light_generator_is_light():
-    light, heavy = (
-        sum(p.numel() for n, p in C.Generator(64, 32, w).named_parameters() if "project" not in n) for w in (64, 128)
-    )
+    light, heavy = (sum(p.numel() for n, p in C.Generator(64, 32, w).named_parameters() if "seed" not in n) for w in (64, 128))
     assert heavy > 3.2 * light
     with pytest.raises(C.UserError, match="image size"):
         C.Generator(4, 33)
@@ -345,13 +315,11 @@ def test_light_generator_is_light():
 def test_bank_is_first_in_first_out():
     bank = C.MemoryBank(5, 2)
     for i in range(9):
-        n = torch.tensor([i])
-        bank.push(torch.full((1, 3, 2, 2), i / 255), n, n % 4)
+        bank.push(torch.full((1, 3, 2, 2), i / 255), torch.tensor([i]))
     assert len(bank) == 5 and sorted(bank.labels.tolist()) == [4, 5, 6, 7, 8] and bank.images.dtype == torch.uint8
-    images, labels, sources = bank.sample(100)
-    assert torch.equal((images * 255).round()[:, 0, 0, 0].long(), labels) and torch.equal(labels % 4, sources)
-    assert set(labels.tolist()) == {4, 5, 6, 7, 8}
-    bank.push(torch.rand(12, 3, 2, 2), torch.arange(12), torch.zeros(12, dtype=torch.long))
+    images, labels = bank.sample(100)
+    assert torch.equal((images * 255).round()[:, 0, 0, 0].long(), labels) and set(labels.tolist()) == {4, 5, 6, 7, 8}
+    bank.push(torch.rand(12, 3, 2, 2), torch.arange(12))
     assert len(bank) == 5 and sorted(bank.labels.tolist()) == [7, 8, 9, 10, 11]
 
 
@@ -369,20 +337,9 @@ def test_augment_moves_and_flips_whole_images():
 # --- networks and checkpoints ------------------------------------------------------------------------
 
 # from the papers and the public model zoo, 10 classes
-PARAMETERS = {
-    "resnet20": 269_722,
-    "resnet32": 464_154,
-    "resnet44": 658_586,
-    "resnet56": 853_018,
-    "resnet18": 11_173_962,
-    "resnet34": 21_282_122,
-    "resnet50": 23_520_842,
-    "wrn16_1": 175_066,
-    "wrn16_2": 691_674,
-    "wrn40_1": 563_930,
-    "wrn40_2": 2_243_546,
-    "vgg11": 9_231_114,
-}
+PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018, "resnet18": 11_173_962,
+              "resnet34": 21_282_122, "resnet50": 23_520_842, "wrn16_1": 175_066, "wrn16_2": 691_674, "wrn40_1": 563_930,
+              "wrn40_2": 2_243_546, "vgg11": 9_231_114}
 
 
 @pytest.mark.parametrize("arch", C.ARCHITECTURES)
@@ -393,8 +350,8 @@ def test_architectures(arch):
     x = torch.rand(2, 3, 32, 32)
     logits, f = C.forward_with_embedding(model, x)
     assert logits.shape == (2, 10) and torch.equal(logits, model(x))
-    torch.testing.assert_close(C.last_linear(model)(f), logits)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    torch.testing.assert_close(C.last_layer(model, nn.Linear)(f), logits)
+    assert hooks(model) == 0
 
 
 def conv(w, key, x, stride=1, pad=1):
@@ -451,27 +408,18 @@ def lived_in(arch, **kw):
     return state
 
 
+def linear_head(w):
+    return {k.replace("fc.", "linear."): v for k, v in w.items()}
+
+
 LAYOUTS = {  # name: (arch, keys as the public code writes them, its forward, extra build arguments)
-    "kuangliu": (
-        "resnet18",
-        lambda k: k.replace("fc.", "linear.").replace("downsample", "shortcut"),
-        lambda w, x: functional_resnet(w, x, (2, 2, 2, 2), "shortcut"),
-        {},
-    ),
-    "akamaster": (
-        "resnet20",
-        lambda k: k.replace("fc.", "linear."),
-        lambda w, x: functional_resnet(w, x, (3, 3, 3), None),
-        {},
-    ),
-    "projection": (
-        "resnet20",
-        lambda k: k,
-        lambda w, x: functional_resnet(
-            {k.replace("fc.", "linear."): v for k, v in w.items()}, x, (3, 3, 3), "downsample"
-        ),
-        {"projection": True},
-    ),
+    "kuangliu": ("resnet18", lambda k: k.replace("fc.", "linear.").replace("downsample", "shortcut"),
+                 lambda w, x: functional_resnet(w, x, (2, 2, 2, 2), "shortcut"), {}),
+    "akamaster": ("resnet20", lambda k: k.replace("fc.", "linear."),
+                  lambda w, x: functional_resnet(w, x, (3, 3, 3), None), {}),
+    "chenyaofo": ("resnet20", lambda k: k, lambda w, x: functional_resnet(linear_head(w), x, (3, 3, 3), "downsample"),
+                  {"projection": True}),
+    "timm": ("resnet34", lambda k: k, lambda w, x: functional_resnet(linear_head(w), x, (3, 4, 6, 3), "downsample"), {}),
     "wrn": ("wrn16_2", lambda k: k, lambda w, x: functional_wrn(w, x, 2), {}),
     "vgg": ("vgg11", lambda k: k, functional_vgg, {}),
 }
@@ -482,11 +430,8 @@ LAYOUTS = {  # name: (arch, keys as the public code writes them, its forward, ex
 def test_public_layouts_load_and_give_the_same_logits(layout, container, tmp_path):
     arch, rename, reference, kw = LAYOUTS[layout]
     w = {rename(k): v for k, v in lived_in(arch, **kw).items()}
-    stored = {
-        "raw": w,
-        "state_dict": {"state_dict": w, "epoch": 3, "best_acc1": 95.7},
-        "module": {"state_dict": {"module." + k: v for k, v in w.items() if "num_batches" not in k}},
-    }[container]
+    stored = {"raw": w, "state_dict": {"state_dict": w, "epoch": 3, "best_acc1": 95.7},
+              "module": {"state_dict": {"module." + k: v for k, v in w.items() if "num_batches" not in k}}}[container]
     torch.save(stored, tmp_path / "t.pth")
     teacher = C.load_teacher(arch, 10, str(tmp_path / "t.pth"))
     x = torch.rand(2, 3, 32, 32)
@@ -494,12 +439,30 @@ def test_public_layouts_load_and_give_the_same_logits(layout, container, tmp_pat
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_normalisation_from_file_and_argument(tmp_path):
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double", "transposed", "shared"])
+def test_odd_but_right_checkpoints_are_read(kind, tmp_path):
+    state = C.build_model("resnet8", 4).state_dict()
+    if kind == "transposed":
+        state["fc.weight"] = state["fc.weight"].T.contiguous().T
+    elif kind == "shared":
+        state["bn1.weight"], state["bn1.bias"] = torch.randn(2, 16)
+    else:
+        state = {k: getattr(v, kind)() if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(state, tmp_path / "net.pth")
+    loaded = C.load_teacher("resnet8", 4, str(tmp_path / "net.pth")).net.state_dict()
+    assert all(torch.equal(v, state[k].to(v.dtype)) for k, v in loaded.items())
+
+
+def test_normalisation_from_argument_file_and_default(tmp_path):
     torch.save({"state_dict": lived_in("resnet8"), "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}, tmp_path / "t.pth")
+    torch.save(lived_in("resnet8"), tmp_path / "bare.pth")
     x, path = torch.rand(2, 3, 32, 32), str(tmp_path / "t.pth")
-    plain = C.load_teacher("resnet8", 10, path, (0, 0, 0), (1, 1, 1))
-    stored = C.load_teacher("resnet8", 10, path)
+    plain, stored = C.load_teacher("resnet8", 10, path, (0, 0, 0), (1, 1, 1)), C.load_teacher("resnet8", 10, path)
     torch.testing.assert_close(stored(x), plain((x - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5))
+    bare = C.load_teacher("resnet8", 10, tmp_path / "bare.pth", default=C.IMAGENET)
+    torch.testing.assert_close(bare.normalize.mean.flatten(), torch.tensor(C.IMAGENET[0]))
+    with pytest.raises(C.UserError, match="belong together"):
+        C.Config(mean=(0.5, 0.5, 0.5))
 
 
 class Bomb:
@@ -508,15 +471,8 @@ class Bomb:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({"state_dict": {"a": torch.zeros(1)}}, "missing"),
-        ({"epoch": 3}, "no state dict"),
-        ([1, 2], "no state dict"),
-        ("bomb", "no file of plain tensors"),
-    ],
-)
+@pytest.mark.parametrize("content, message", [({"state_dict": {"a": torch.zeros(1)}}, "Missing"), ({"epoch": 3}, "is no resnet8"),
+                                              ([1, 2], "is no resnet8"), ("bomb", "no file of plain tensors")])
 def test_foreign_checkpoints_are_refused(content, message, tmp_path, monkeypatch):
     path = tmp_path / "t.pth"
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
@@ -526,51 +482,26 @@ def test_foreign_checkpoints_are_refused(content, message, tmp_path, monkeypatch
     assert not (tmp_path / "exploded").exists()
 
 
-def test_class_count_mismatch_names_both_shapes(tmp_path):
-    torch.save(C.build_model("resnet8", 100).state_dict(), tmp_path / "t.pth")
-    with pytest.raises(C.UserError, match=r"\(100, 64\).*\(10, 64\)"):
-        C.load_teacher("resnet8", 10, str(tmp_path / "t.pth"))
-
-
 # --- invariants of distill ---------------------------------------------------------------------------
 
 
 def test_teacher_is_bit_identical_and_student_learns(pair):
     teacher, student = pair
-    before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    start = {k: v.clone() for k, v in student.state_dict().items()}
+    before, start = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
     teacher.train()  # distill must not rely on the caller
-    result = distilled(pair)
-    assert result is student and not student.training
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
-    assert any(not torch.equal(v, start[k]) for k, v in student.state_dict().items())
+    assert distilled(pair) is student and not student.training
+    assert same(teacher, before) and not same(student, start)
 
 
 def test_distill_touches_no_data(pair, monkeypatch):
     def forbidden(*args, **kw):
         raise AssertionError("distill reached for data")
 
-    for target, name in (
-        (C, "load_data"),
-        (C, "draw_shapes"),
-        (C, "DataLoader"),
-        (torch, "load"),
-        (socket, "socket"),
-        (C.torchvision.datasets, "ImageFolder"),
-        (C.torchvision.datasets, "CIFAR10"),
-        (np, "load"),
-    ):
+    for target, name in ((C, "load_data"), (C, "draw_shapes"), (C, "DataLoader"), (torch, "load"), (socket, "socket"),
+                         (C.datasets, "ImageFolder"), (C.datasets, "CIFAR10"), (np, "load")):
         monkeypatch.setattr(target, name, forbidden)
     monkeypatch.setattr("builtins.open", forbidden)
     distilled(pair)
-
-
-def build_pair():
-    torch.manual_seed(1)
-    teacher, student = C.build_model("resnet8", 4), C.build_model("resnet8", 4)
-    for _ in range(2):
-        teacher(torch.rand(16, 3, 16, 16))
-    return teacher.eval(), student
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
@@ -579,26 +510,13 @@ def test_same_seed_same_student(decoupled):
     assert same(one, two) and not same(one, other)
 
 
-def test_callbacks_do_not_disturb_the_run():
-    teacher, student = build_pair()
-    C.distill(teacher, student, C.Config(**TINY), on_cycle=lambda state, metrics: torch.rand(7))
-    assert same(student, distilled(build_pair()))
-
-
-@pytest.mark.parametrize(
-    "weight, function",
-    [
-        ("lambda_cae", "category_aware_embedding_loss"),
-        ("lambda_cncl", "contrastive_loss"),
-        ("lambda_adv", "adversarial_loss"),
-        ("lambda_fm", "statistics_distance"),
-    ],
-)
+@pytest.mark.parametrize("weight, function", [("lambda_cae", "category_aware_embedding_loss"), ("lambda_cncl", "contrastive_loss"),
+                                              ("lambda_adv", "adversarial_loss"), ("lambda_fm", "statistics_distance")])
 def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch):
     def pair():  # a student that agrees with its teacher everywhere, or eq. 5 might have no row to count
         teacher = build_pair()[0]
         student = copy.deepcopy(teacher)
-        for p in C.last_linear(student).parameters():
+        for p in C.last_layer(student, nn.Linear).parameters():
             p.data *= 2
         return teacher, student
 
@@ -608,86 +526,62 @@ def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch
     assert same(off, distilled(pair(), **{weight: 0.0}))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"cend": False},
-        {"decoupled": False},
-        {"prior": "index"},
-        {"generator_width": 32},
-        {"magnitudes": (1.0,)},
-        {"magnitudes": (1.0,) * 8},
-    ],
-)
+@pytest.mark.parametrize("change", [{"cend": False}, {"decoupled": False}, {"prior": "index"}, {"generator_width": 32},
+                                    {"magnitudes": (1.0,)}, {"magnitudes": (1.0,) * 8}])
 def test_every_switch_changes_the_run(change):
     assert not same(distilled(build_pair()), distilled(build_pair(), **change))
-
-
-def test_embedding_constraint_is_against_the_teachers_embedding_of_the_same_image():
-    """Eq. 8 as `student_loss` calls it, image by image, also where the two widths differ."""
-    teacher, student = C.build_model("wrn16_2", 10).eval(), C.build_model("resnet8", 10).eval()
-    config = C.Config(**TINY)
-    state, images = C.new_state(teacher, student, config), torch.rand(6, 3, 32, 32)
-    with state.learner.embedding, state.teacher_embedding, torch.no_grad():
-        terms = C.student_loss(state, teacher, state.learner, images, torch.zeros(6).long(), config)[1]
-        f = C.forward_with_embedding(teacher, images)[1].double()
-        z = state.learner.head(C.forward_with_embedding(student, images)[1]).double()
-    cosine = [[float(a @ b / a.norm() / b.norm()) for b in f] for a in z]
-    slow = [-c[i] / 0.1 + math.log(sum(math.exp(x / 0.1) for x in c)) for i, c in enumerate(cosine)]
-    assert z.shape == f.shape and float(terms["cae"]) == pytest.approx(sum(slow) / 6, rel=1e-4)
 
 
 def test_phases_are_decoupled():
     teacher, student = build_pair()
     config = C.Config(**TINY)
     C.set_training(teacher, False)
-    state = C.new_state(teacher, student, config)
-    frozen = {k: v.clone() for k, v in student.state_dict().items()}
+    state = C.State(teacher, student, config)
+    frozen = copy.deepcopy(student.state_dict())
     C.synthesis_round(state, teacher, config)
-    assert all(torch.equal(v, frozen[k]) for k, v in student.state_dict().items())
-    assert all(p.grad is None for p in student.parameters())
-    generator = {k: v.clone() for k, v in state.generator.state_dict().items()}
+    assert same(student, frozen) and all(p.grad is None for p in student.parameters())
+    generator = copy.deepcopy(state.generator.state_dict())
     state.generator.forward = None  # any call would fail
     C.distillation_phase(state, teacher, config)
-    assert all(torch.equal(v, generator[k]) for k, v in state.generator.state_dict().items())
+    assert same(state.generator, generator)
 
 
-@pytest.mark.parametrize(
-    "term, function", [("kd", "kd_loss"), ("ce", "category_consistency_loss"), ("cncl", "contrastive_loss")]
-)
+def test_coupled_training_takes_turns_on_one_batch(monkeypatch):
+    order, real = [], (C.generator_step, C.student_step)
+    monkeypatch.setattr(C, "generator_step", lambda *a: order.append("G") or real[0](*a))
+    monkeypatch.setattr(C, "student_step", lambda state, *a: order.append(len(state.bank)) or real[1](state, *a))
+    distilled(build_pair(), decoupled=False, kd_steps=3, cycles=1)
+    assert order == ["G", 20] * 3  # the bank never holds more than the fresh batch
+
+
+@pytest.mark.parametrize("term, function", [("kd", "kd_loss"), ("ce", "category_consistency_loss"), ("cncl", "contrastive_loss")])
 def test_non_finite_loss_names_term_and_cycle(term, function, pair, monkeypatch):
     monkeypatch.setattr(C, function, lambda logits, *rest: logits.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=f"in cycle 1: .*{term}"):
         distilled(pair)
 
 
-def test_bank_stops_at_its_cap(pair):
-    teacher, student = pair
-    sizes = []
-    config = C.Config(**{**TINY, "cycles": 6, "bank_capacity": 50})
-    C.distill(
-        teacher,
-        student,
-        config,
-        on_cycle=lambda state, metrics: sizes.append((len(state.bank), state.bank.images.shape[0])),
-    )
-    assert sizes[-1] == (50, 50) and len({s[1] for s in sizes}) == 1
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that goes one second further each time it is read: no test waits for a real one."""
-    monkeypatch.setattr(C, "time", SimpleNamespace(perf_counter=itertools.count(0.0, 1.0).__next__))
-
-
-def test_minutes_anneal_and_stop(pair, clock):
-    teacher, student = pair
+def test_a_step_that_is_not_finite_leaves_the_best_images_alone(monkeypatch):
+    teacher, student = build_pair()
+    config = C.Config(**{**TINY, "synth_steps": 4})
+    state, losses, real = C.State(teacher, student, config), iter([5.0, 2.0, math.nan, 3.0]), C.generator_step
     seen = []
-    config = C.Config(**{**TINY, "minutes": 0.5})
-    C.distill(teacher, student, config, on_cycle=lambda s, m: seen.append((s.seconds, m["lr"])))
-    assert seen[-1][0] >= 30 and all(s < 30 for s, _ in seen[:-1])
-    assert len(seen) > 5 and [lr for _, lr in seen] == sorted((lr for _, lr in seen), reverse=True)
-    assert seen[0][1] == 0.1 and seen[-1][1] < 0.01
+
+    def step(*args):
+        images, _, terms = real(*args)
+        seen.append(images)
+        return images, torch.tensor(next(losses)), terms
+
+    monkeypatch.setattr(C, "generator_step", step)
+    C.synthesis_round(state, teacher, config)
+    assert torch.equal(state.bank.images[:20], (seen[1] * 255).round().to(torch.uint8))
+
+
+def test_bank_stops_at_its_cap(pair):
+    sizes = []
+    C.distill(*pair, C.Config(**{**TINY, "cycles": 6, "bank_capacity": 50}),
+              on_cycle=lambda state, metrics: sizes.append((len(state.bank), len(state.bank.images))))
+    assert sizes[-1] == (50, 50) and len({s[1] for s in sizes}) == 1
 
 
 def test_the_students_step_grows_over_the_first_cycles_and_then_falls(pair):
@@ -698,208 +592,35 @@ def test_the_students_step_grows_over_the_first_cycles_and_then_falls(pair):
     assert rates == pytest.approx([c * share for c, share in zip(cosine, (0.25, 0.5, 0.75, 1, 1, 1, 1, 1))])
 
 
-def test_a_budget_below_a_cycle_is_kept(pair, clock):
-    teacher, student = pair
-    seen = []
-    config = C.Config(**{**TINY, "minutes": 0.2, "kd_steps": 10**6, "warmup_rounds": 10**6})
-    C.distill(teacher, student, config, on_cycle=lambda s, m: seen.append((s.seconds, m["images"])))
-    assert len(seen) == 1 and 12 <= seen[0][0] <= 15 and 20 < seen[0][1] < 200
+@pytest.mark.parametrize("tick", [0.02, 0.3])
+def test_a_time_budget_is_kept_to_a_step(pair, tick):
+    """`done` is read at each student step and between the first rounds; a run of any length ends when it says so."""
+    now, rates = [0.0], []
+
+    def done():
+        now[0] += tick
+        return min(1.0, now[0])
+
+    config = C.Config(**{**TINY, "kd_steps": 10**6, "warmup_rounds": 10**6, "cycles": 1})
+    C.distill(*pair, config, done=done, on_cycle=lambda s, m: rates.append((m["lr"], s.bank.pushed)))
+    assert 1 <= now[0] < 1 + 2 * tick and len(rates) == 1 and rates[0][1] <= 20 * (0.5 / tick + 3)
 
 
-def test_a_resumed_budget_has_the_time_that_was_left(clock):
-    class Cut(Exception):
-        pass
-
-    def run(pair, state, stop_at=None):
-        def on_cycle(state, metrics):
-            rates.append(metrics["lr"])
-            kept.update(C.pack_state(state, pair[0], config))
-            if state.cycle == stop_at:
-                raise Cut
-
-        with contextlib.suppress(Cut):
-            C.distill(*pair, config, state=state, on_cycle=on_cycle)
-
-    config, kept = C.Config(**{**TINY, "minutes": 0.5, "device": "cpu", "lr_warmup": 5}), {}
-    rates = whole = []
-    run(build_pair(), None)
-    rates = []
-    run(build_pair(), None, stop_at=3)
-    pair = build_pair()
-    state = C.new_state(*pair, config)
-    C.unpack_state(copy.deepcopy(kept), state, pair[0])
-    run(pair, state)
-    assert rates == whole and len(whole) > 5
+def test_more_classes_than_a_batch():
+    teacher, student = build_pair(classes=30)
+    C.distill(teacher, student, C.Config(**{**TINY, "synth_batch": 8, "batch_size": 8}))
+    assert all(v.isfinite().all() for v in student.state_dict().values())
 
 
-# --- evaluation --------------------------------------------------------------------------------------
-
-
-def test_linear_probe_separates_a_separable_toy_and_is_deterministic():
-    x = torch.rand(400, 3, 8, 8) * 0.3
-    y = torch.arange(400) % 3
-    x[torch.arange(400), y] += 0.6  # the class is the brightest channel
-    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))  # head width plays no part
-    train, test = TensorDataset(x[:300], y[:300]), TensorDataset(x[300:], y[300:])
-    before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    result = C.linear_probe(backbone, train, test)
-    assert result["accuracy"] == 100
-    assert result == C.linear_probe(backbone, train, test)
-    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-    shuffled = TensorDataset(x[:300], y[torch.randperm(300, generator=torch.Generator().manual_seed(0))])
-    assert C.linear_probe(backbone, shuffled, test)["accuracy"] < 70
-
-
-def test_logistic_regression_is_at_its_optimum():
-    x, y = torch.tensor(rng(60, 5)).float(), torch.arange(60) % 3
-    w, b = C.fit_logistic(x, y, 3, l2=0.01)
-    w.requires_grad_()
-    b.requires_grad_()
-    (F.cross_entropy(x @ w + b, y) + 0.005 * w.square().sum()).backward()
-    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
-
-
-def test_shapes_are_seeded_balanced_and_distinct():
-    one, two, other = (DRAW_SHAPES(200, list(C.SHAPES)[:10], seed) for seed in (1, 1, 2))
-    assert torch.equal(one.tensors[0], two.tensors[0]) and not torch.equal(one.tensors[0], other.tensors[0])
-    assert torch.bincount(one.tensors[1]).tolist() == [20] * 10
-    assert one.tensors[0].shape == (200, 3, 32, 32) and one.tensors[0].dtype == torch.uint8
-
-
-# --- command line ------------------------------------------------------------------------------------
-
-FAST = (
-    "--teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 --synth-batch 20 --synth-steps 2 "
-    "--kd-steps 2 --batch-size 20 --bank-capacity 64 --warmup-rounds 1"
-).split()
-
-
-def cli(*args, cwd):
-    return subprocess.run(
-        [sys.executable, str(HERE / "cae_dfkd.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=170
-    )
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A folder with a quickly trained teacher on shapes and a finished tiny run, made by the real command."""
-    folder = tmp_path_factory.mktemp("work")
-    done = cli(*FAST, "--eval-every", "1", "--out", "runs/a", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
-
-
-def test_run_directory_is_complete(workdir):
-    run, out = workdir / "runs/a", (workdir / "stdout").read_text()
-    assert {p.name for p in run.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "samples.png",
-        "last.pt",
-        "student.pt",
-        "summary.json",
-    }
-    summary = json.loads((run / "summary.json").read_text())
-    assert 0 < summary["student_accuracy"] < 100 and set(summary["probe"]) == {"student", "teacher", "untrained"}
-    order = [
-        out.index(text)
-        for text in (
-            f"teacher resnet8: {summary['teacher_accuracy']:.2f} %",
-            "cycle 1,",
-            f"student resnet8: {summary['student_accuracy']:.2f} %",
-            "untrained",
-        )
-    ]
-    assert order == sorted(order)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["cycle"] for line in lines] == [1, 2]
-    for key in (
-        "ce",
-        "fm",
-        "adv",
-        "kd",
-        "cae",
-        "cncl",
-        "lr",
-        "variance",
-        "images",
-        "seconds_synthesis",
-        "seconds_distillation",
-        "accuracy",
-    ):
-        assert math.isfinite(lines[1][key])
-    assert lines[1]["accuracy"] == pytest.approx(summary["student_accuracy"])  # the last state
-    assert json.loads((run / "config.json").read_text())["kd_steps"] == 2
-    torch.load(run / "last.pt", weights_only=True)
-
-
-def test_real_kd_makes_no_image_and_holds_the_training_set(workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
-    monkeypatch.setattr(C, "generator_step", lambda *args: 1 / 0)
-    assert C.main([*FAST, "--real-kd", "--out", "runs/real"]) == 0
-    images, labels, _ = torch.load("runs/real/last.pt", weights_only=True)["processes"][0]["bank"]
-    train, _ = C.load_data("shapes", "train")
-    assert torch.equal(images, train.tensors[0]) and torch.equal(labels, train.tensors[1])
-
-
-def test_eval_only_gives_the_summary_number(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    assert C.main(["--eval-only", "runs/a/student.pt", "--dataset", "shapes-unseen"]) == 2
-    assert "fit resnet8 with 6 classes" in capsys.readouterr().err
-    done, summary = cli("--eval-only", "runs/a/student.pt", cwd=workdir), json.loads(Path("runs/a/summary.json").read_text())
-    assert done.returncode == 0 and f"{summary['student_accuracy']:.2f} %" in done.stdout
-    assert f"{summary['probe']['student']:.2f} %" in done.stdout
-
-
-def test_resume_is_exact(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    args = [*FAST, "--precision", "fp32", "--eval-every", "1"]  # the cut is at an evaluation
-    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
-    assert C.main(args + ["--out", "runs/whole"]) == 0
-    real = C.save_atomic
-
-    def interrupted(thing, path):
-        real(thing, path)
-        if path.name == "last.pt" and thing["cycle"] == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(C, "save_atomic", interrupted)
-    assert C.main(args + ["--out", "runs/cut"]) == 130 and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(C, "save_atomic", real)
-    assert C.main(args + ["--out", "runs/cut"]) == 2  # holds a run
-    assert C.main(["--resume", "--out", "runs/cut", "--kd-steps", "9"]) == 2
-    assert "kd_steps" in capsys.readouterr().err
-    assert C.main(["--resume", "--out", "runs/cut"]) == 0
-    whole, cut = (torch.load(f"runs/{n}/last.pt", weights_only=True) for n in ("whole", "cut"))
-
-    def equal(a, b):
-        if isinstance(a, torch.Tensor):
-            return torch.equal(a, b)
-        if isinstance(a, dict):
-            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-        return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
-
-    for key in whole.keys() - {"config", "seconds"}:
-        assert equal(whole[key], cut[key]), key
-    assert len(Path("runs/cut/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_download_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
-    assert C.main(["--teacher", "resnet34", "--dataset", "cifar10"]) == 2
-    error = capsys.readouterr().err
-    assert "cifar10" in error and "cifar-10-batches-py/ into data/" in error and len(error.strip().splitlines()) == 1
-
-
-def test_help_needs_nothing_and_names_every_field(monkeypatch, capsys):
-    monkeypatch.setattr(socket, "socket", lambda *a, **k: 1 / 0)
-    with pytest.raises(SystemExit) as stop:
-        C.main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(C.Config))
+def test_what_distill_refuses_and_warns_of():
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="no BatchNorm: feature matching is off"):
+        distilled((bare, build_pair()[1]))
+    teacher, student = build_pair()
+    state = C.State(teacher, student, C.Config(**TINY))
+    for pair, kept in (((teacher, teacher), None), ((teacher, copy.deepcopy(student)), state)):
+        with pytest.raises(C.UserError, match="must be the network in `state`, and another than the teacher"):
+            C.distill(*pair, C.Config(**TINY), state=kept)
 
 
 # --- speed, without a clock --------------------------------------------------------------------------
@@ -910,7 +631,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
     teacher, student = build_pair()
     config = C.Config(**TINY)
     C.set_training(teacher, False)
-    state = C.new_state(teacher, student, config)
+    state = C.State(teacher, student, config)
     for optimizer in (torch.optim.Adam, torch.optim.SGD):
         monkeypatch.setattr(optimizer, "step", lambda self: None)
     for name in "item tolist cpu numpy nonzero __bool__ __int__ __float__ __index__".split():
@@ -933,158 +654,494 @@ def test_gradients_stay_channels_last():
     assert len(wrong) == 3 and not any(wrong[1:])  # the first comes from the pooling to one pixel
 
 
-def test_compiled_steps_have_no_graph_break_and_change_nothing(monkeypatch):
-    eager = distilled(build_pair())
-    whole = functools.cache(functools.partial(torch.compile, backend="eager", fullgraph=True))
-    monkeypatch.setattr(C, "compiled", whole)
-    assert same(eager, distilled(build_pair(), compile=True)) and whole.cache_info().misses == 2
+# --- evaluation --------------------------------------------------------------------------------------
 
 
-def test_benchmark_table(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    real = C.side_by_side
-    monkeypatch.setattr(C, "side_by_side", lambda functions, device, repeats: real(functions, device, 1))
-    assert C.main([*FAST, "--benchmark", "--out", "runs/bench"]) == 0
-    assert [p.name for p in Path("runs/bench").iterdir()] == ["benchmark.json"]
-    result = json.loads(Path("runs/bench/benchmark.json").read_text())
-    printed = capsys.readouterr().out
-    assert result.pop("where") in printed
-    assert all(f"| {name} | {value:.3g} |" in printed and value > 0 for name, value in result.items())
-    for step in ("KD", "synthesis"):
-        times = result[f"{step} step, ms"] / result[f"{step} floor, ms"]
-        assert result[f"{step} step / its floor"] == pytest.approx(times)
-    assert result["bank of 100000, push, ms"] > 0 and result["synthesis round, heavy / as run"] > 0
+def test_linear_probe_separates_a_separable_toy_and_is_deterministic():
+    x, y = torch.rand(400, 3, 8, 8) * 0.3, torch.arange(400) % 3
+    x[torch.arange(400), y] += 0.6  # the class is the brightest channel
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))  # head width plays no part
+    train, test = TensorDataset(x[:300], y[:300]), TensorDataset(x[300:], y[300:])
+    before = copy.deepcopy(backbone.state_dict())
+    result = C.linear_probe(backbone, train, test)
+    assert result["accuracy"] == 100 and result == C.linear_probe(backbone, train, test) and same(backbone, before)
+    shuffled = TensorDataset(x[:300], y[torch.randperm(300, generator=torch.Generator().manual_seed(0))])
+    assert C.linear_probe(backbone, shuffled, test)["accuracy"] < 70
 
 
-def test_floors_and_steps_use_the_same_tensors(monkeypatch):
-    """An honest floor: teacher and student see as many images of the same type and layout as in the step."""
-    teacher, student = build_pair()
-    teacher, student = (C.with_normalisation(net, (0, 0, 0), (1, 1, 1)) for net in (teacher, student))
-    config = C.Config(**{**TINY, "device": "cpu", "precision": "bf16"})
-    seen = []
-
-    def spy(module, args, out):
-        seen.append((tuple(args[0].shape), args[0].dtype, args[0].stride(), out.dtype, out.requires_grad))
-
-    for net in (teacher, student):
-        net.net.conv1.register_forward_hook(spy)
-    functions = C.bench_functions(teacher, student, config, None, torch.channels_last)
-    for name in ("KD", "synthesis"):
-        looks = []
-        for kind in ("step", "floor"):
-            seen.clear()
-            functions[f"{name} {kind}"]()
-            looks.append(list(seen))
-        assert looks[0] == looks[1] and len(looks[0]) == 2
+def test_logistic_regression_is_at_its_optimum():
+    x, y = torch.tensor(rng(60, 5)).float(), torch.arange(60) % 3
+    w, b = (v.requires_grad_() for v in C.fit_logistic(x, y, 3, l2=0.01))
+    (F.cross_entropy(x @ w + b, y) + 0.005 * w.square().sum()).backward()
+    assert w.grad.abs().max() < 1e-4 and b.grad.abs().max() < 1e-4
 
 
-def test_checkpoints_take_a_small_share_of_the_time(workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    real, saves = C.save_atomic, []
-
-    def slow(thing, path):
-        if path.name == "last.pt":
-            saves.append(thing["cycle"])
-            C.time.sleep(0.5)
-        real(thing, path)
-
-    monkeypatch.setattr(C, "save_atomic", slow)
-    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
-    assert C.main([*FAST, "--cycles", "6", "--out", "runs/slow"]) == 0
-    assert saves == [1, 6]  # at once, then not before 25 s have gone, and at the end
+def test_shapes_are_seeded_balanced_and_distinct():
+    one, two, other = (DRAW_SHAPES(200, list(C.SHAPES)[:10], seed) for seed in (1, 1, 2))
+    assert torch.equal(one.tensors[0], two.tensors[0]) and not torch.equal(one.tensors[0], other.tensors[0])
+    assert torch.bincount(one.tensors[1]).tolist() == [20] * 10
+    assert one.tensors[0].shape == (200, 3, 32, 32) and one.tensors[0].dtype == torch.uint8
 
 
-# --- several processes -------------------------------------------------------------------------------
-
-WORKER = """
-import hashlib, os, signal, sys
-import torch
-import cae_dfkd as C
-
-real, C.linear_probe = C.distill, lambda *args: {"accuracy": 0.0}
-
-def distill(teacher, student, config, prior, state, on_cycle):
-    def then(state, metrics):
-        on_cycle(state, metrics)
-        if os.environ.get("DIE") and state.cycle == 1 and C.rank() == 1:
-            os._exit(9)
-    done = real(teacher, student, config, prior, state, then)
-    bits = b"".join(v.numpy().tobytes() for v in done.state_dict().values())
-    print("student", C.rank(), hashlib.sha256(bits).hexdigest(), flush=True)
-
-    whole = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    half = whole.detach().chunk(2)[C.rank()].clone().requires_grad_()
-    losses = []
-    for images, average in ((whole, None), (half, C.Average.apply)):
-        with C.FeatureMatching(teacher, average) as matching:
-            teacher(images)
-        losses.append(matching.loss())
-        losses[-1].backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
-    expected = whole.grad.chunk(2)[C.rank()]            # DDP divides by two
-    torch.testing.assert_close(half.grad / 2, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-    print("matching", C.rank(), flush=True)
-    return done
-
-C.distill = distill
-signal.signal(signal.SIGTERM, signal.default_int_handler)
-sys.exit(C.main())
-"""
+@pytest.fixture(scope="module")
+def scenes():
+    return C.draw_scenes(20, 1), C.draw_scenes(12, 2)
 
 
-def torchrun(processes, script, *args, cwd, **env):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **env}
-    return subprocess.run(
-        [*command, str(script), *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=170
-    )
+def test_scenes_are_seeded_and_boxes_are_tight(scenes):
+    again, other = C.draw_scenes(20, 1), C.draw_scenes(20, 3)
+    assert all(torch.equal(a, b) and same(s, t) for (a, s), (b, t) in zip(scenes[0], again)) and not torch.equal(again[0][0], other[0][0])
+    counts = [len(target["labels"]) for _, target in scenes[0] + other]
+    assert min(counts) == 1 and max(counts) == 4 and scenes[0][0][0].shape == (3, 96, 96)
+    for image, target in scenes[0]:
+        boxes = target["boxes"]
+        assert (boxes >= 0).all() and (boxes <= 96).all() and target["labels"].max() < 6
+        size = boxes[:, 2:] - boxes[:, :2]
+        assert 7 <= size.min() and size.max() <= 2 * 1.3 * 17 + 1
+        overlap = C.box_iou(boxes, boxes) - torch.eye(len(boxes))
+        assert overlap.max() < 0.1
+        for left, top, right, bottom in boxes.int().tolist():  # beyond a side lies shaded ground: no jump in colour
+            assert (image[:, top:bottom, left:right].float().std((1, 2)) > 1).any()
 
 
-def test_two_processes_agree_and_a_lost_one_can_be_resumed(workdir, monkeypatch, capsys):
-    worker = workdir / "worker.py"
-    worker.write_text(WORKER)
-    died = torchrun(2, worker, *FAST, "--out", "runs/two", cwd=workdir, DIE="1")
-    assert died.returncode != 0 and "--resume --out runs/two" in died.stderr
-    assert torch.load(workdir / "runs/two/last.pt", weights_only=True)["cycle"] == 1
-    monkeypatch.chdir(workdir)
-    assert C.main(["--resume", "--out", "runs/two"]) == 2 and "of 2 processes" in capsys.readouterr().err
-    ends = [
-        torchrun(2, worker, *args, cwd=workdir)
-        for args in (["--resume", "--out", "runs/two"], [*FAST, "--out", "runs/both"])
-    ]
-    students = set()
-    for end in ends:
-        assert end.returncode == 0, end.stderr
-        assert end.stdout.count("matching") == 2
-        students |= {line.split()[2] for line in end.stdout.splitlines() if re.match(r"student \d ", line)}
-    assert len(students) == 1  # both processes, resumed or not
-    lines = [json.loads(line) for line in (workdir / "runs/two/metrics.jsonl").read_text().splitlines()]
-    assert [line["cycle"] for line in lines] == [1, 2] and lines[-1]["images"] == 60
-    kept = torch.load(workdir / "runs/two/last.pt", weights_only=True)["processes"]
-    assert [len(own["bank"][0]) for own in kept] == [30, 30]
-    assert not torch.equal(kept[0]["bank"][0], kept[1]["bank"][0])  # each makes its own images
+def test_locations_learn_the_box_in_whose_central_half_they_lie():
+    places = torch.cartesian_prod(torch.arange(4.0, 64, 8), torch.arange(4.0, 64, 8)).flip(1)  # 8 x 8 of 8 pixels
+    boxes = torch.tensor([[0.0, 0, 32, 32], [8, 8, 16, 16], [49, 49, 51, 51.5]])
+    category, sides = C.assign_locations(places, boxes, torch.tensor([0, 1, 2]), 3)
+    grid = category.view(8, 8)
+    assert grid[1, 1] == 1 and grid[1, 2] == grid[2, 1] == grid[2, 2] == 0  # the smaller box comes first
+    assert grid[0, 0] == grid[3, 3] == -1 and grid[6, 6] == 2 and (grid[4:6, 4:6] == 3).all()  # 2 holds no place: the nearest
+    assert sides.view(8, 8, 4)[2, 1].tolist() == [12, 20, 20, 12] and (sides > 0).all()
+    category, sides = C.assign_locations(places, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 3)
+    assert (category == 3).all() and sides.shape == (64, 4)
 
 
-def test_torchrun_with_one_process_is_the_plain_run(workdir):
-    one = torchrun(1, HERE / "cae_dfkd.py", *FAST, "--eval-every", "1", "--out", "runs/torchrun", cwd=workdir)
-    assert one.returncode == 0, one.stderr
-    assert equal_weights(workdir / "runs/a", workdir / "runs/torchrun")
+def slow_average_precision(detections, truths):
+    """Every detection of all images, best first; precision interpolated from the right at each new recall."""
+    rows = sorted(((s, i, b) for i, (boxes, scores) in enumerate(detections) for b, s in zip(boxes.tolist(), scores.tolist())),
+                  key=lambda row: -row[0])
+    taken, points, right = set(), [], 0
+    for n, (_, i, b) in enumerate(rows, 1):
+        best, where = 0.0, None
+        for j, t in enumerate(truths[i].tolist()):
+            w, h = min(b[2], t[2]) - max(b[0], t[0]), min(b[3], t[3]) - max(b[1], t[1])
+            inter = max(0, w) * max(0, h)
+            iou = inter / ((b[2] - b[0]) * (b[3] - b[1]) + (t[2] - t[0]) * (t[3] - t[1]) - inter)
+            if (i, j) not in taken and iou > best:
+                best, where = iou, (i, j)
+        if best >= 0.5:
+            taken.add(where)
+            right += 1
+        points.append((right, right / n))
+    total = sum(map(len, truths))
+    return 100 * sum(max([p for r, p in points if r >= k], default=0) for k in range(1, total + 1)) / total
 
 
-@pytest.mark.parametrize("args, culprit", [(["--batch-size", "21"], "multiples of 2"), (["--benchmark"], "one process")])
-def test_batches_that_cannot_be_spread_are_refused(args, culprit, workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    monkeypatch.setattr(C, "world", lambda: 2)
-    assert C.main([*FAST, "--out", "runs/odd", *args]) == 2
-    assert culprit in capsys.readouterr().err and not Path("runs/odd").exists()
+@pytest.mark.parametrize("seed", range(8))
+def test_average_precision_is_that_of_a_slow_computation(seed):
+    draw = torch.Generator().manual_seed(seed)
+    truths, detections = [], []
+    for i in range(6):
+        corner = torch.rand(i % 4, 2, generator=draw) * 60
+        truths.append(torch.cat([corner, corner + 20], 1))
+        near = truths[-1].repeat(3, 1) + torch.randn(3 * (i % 4), 4, generator=draw) * 4
+        boxes = torch.cat([near, torch.tensor([[70.0, 70, 90, 90]])])
+        scores = torch.rand(len(boxes), generator=draw)
+        order = scores.argsort(descending=True)
+        detections.append((boxes[order], scores[order]))
+    value = C.average_precision(detections, truths)
+    assert value == pytest.approx(slow_average_precision(detections, truths), rel=1e-9) and 0 < value < 100
+    assert C.average_precision([(t, torch.ones(len(t))) for t in truths], truths) == 100
+    assert C.average_precision([(t[:0], torch.zeros(0)) for t in truths], truths) == 0
 
 
-# --- hard to break -----------------------------------------------------------------------------------
+class Painter(nn.Module):
+    """Perfect features: what a location is to learn, read off the image's own pixels."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.known = {image.numpy().tobytes(): target for image, target in data}
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(11, 2)
+
+    def forward(self, x):
+        target = self.known[(x[0] * 255).round().to(torch.uint8).contiguous().numpy().tobytes()]
+        places = torch.cartesian_prod(torch.arange(2.0, 96, 4), torch.arange(2.0, 96, 4)).flip(1)
+        category, sides = C.assign_locations(places, target["boxes"], target["labels"], 6)
+        rows = torch.cat([20 * F.one_hot(category.clamp_min(0) + 6 * (category < 0), 7), sides.log()], 1)
+        return self.fc(self.pool(rows.T.reshape(1, 11, 24, 24)).flatten(1))
+
+
+def test_detection_probe_finds_all_with_perfect_features_and_is_deterministic(scenes):
+    perfect = C.detection_probe(Painter(scenes[0] + scenes[1]), *scenes, categories=list("abcdef"))
+    assert perfect["ap50"] > 99 and set(perfect["per_category"]) == set("abcdef")
+    torch.manual_seed(0)
+    net = C.build_model("resnet8", 4)
+    before = copy.deepcopy(net.state_dict())
+    one, two = (C.detection_probe(net, *scenes, most=2000) for _ in range(2))
+    assert one["ap50"] == two["ap50"] < 60 and one["per_category"] == two["per_category"] and same(net, before)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn16_1", "vgg11"])
+def test_dense_features_are_the_map_before_pooling(arch):
+    net, image = C.build_model(arch, 4).eval(), torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)
+    rows, places = C.dense_features(net, image, "cpu")
+    torch.testing.assert_close(rows.mean(0), C.forward_with_embedding(net, C.to_float(image[None], "cpu"))[1][0])
+    assert len(rows) == len(places) and places[0, 0] == places[0, 1] and places[-1].tolist() == [96 - places[0, 0], 64 - places[0, 0]]
+
+
+def write_voc(root, objects, image=(48, 64)):
+    """A folder in VOC layout: {name: [(category, box, difficult)]}, its first half for training."""
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in objects.items():
+        save_image(root / f"JPEGImages/{name}.jpg", *image)
+        xml = "".join(f"<object><name>{c}</name><difficult>{d}</difficult><bndbox><xmin>{b[0]}</xmin><ymin>{b[1]}</ymin>"
+                      f"<xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>" for c, b, d in rows)
+        (root / f"Annotations/{name}.xml").write_text(f"<annotation>{xml}</annotation>")
+    names = list(objects)
+    (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names[: len(names) // 2]))
+    (root / "ImageSets/Main/test.txt").write_text("\n".join(names[len(names) // 2 :]))
+
+
+def test_photographs_with_boxes(tmp_path):
+    objects = {f"{i}": [("cat", (4, 4, 30, 40), 0), ("dog", (30, 10, 999, 47), 0), ("cow", (1, 1, 9, 9), 1)] for i in range(5)}
+    write_voc(tmp_path, objects | {"empty": [], "new": [("emu", (10, 10, 40, 40), 0)], "out": [("cat", (80, 80, 90, 90), 0)]})
+    train, test, names = C.load_detection(C.Config(detection_dataset=str(tmp_path), detection_size=32))
+    assert names == ["cat", "dog", "emu"] and len(train) == len(test) == 4
+    image, target = train[0]
+    assert image.shape == (3, 24, 32) and target["labels"].tolist() == [0, 1]
+    assert target["boxes"].tolist() == [[2, 2, 15, 20], [15, 5, 32, 23.5]]
+    assert [len(test[i][1]["labels"]) for i in range(4)] == [2, 0, 1, 0]
+    result = C.detection_probe(C.build_model("resnet8", 4), train, test, categories=names)
+    assert set(result["per_category"]) == {"cat", "dog", "emu"} and result["per_category"]["emu"] == 0
+    C.save_detections(test, [result["detections"]], tmp_path / "detection.png", columns=4)
+    with pytest.raises(C.UserError, match="no VOC layout"):
+        C.load_detection(C.Config(detection_dataset=str(tmp_path / "JPEGImages")))
 
 
 def save_image(path, *size, mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).convert(mode).save(path)
+
+
+def test_odd_but_right_images_are_read(tmp_path):
+    for i, (mode, size) in enumerate({"L": (9, 40), "RGBA": (40, 9), "P": (1, 1), "1": (64, 64), "RGB": (5, 300)}.items()):
+        for name in "ab":
+            save_image(tmp_path / "val" / name / f"{i}.png", *size, mode=mode)
+    data, names = C.load_data(str(tmp_path), "test")
+    images, labels = data.tensors
+    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8 and names == ["a", "b"]
+    assert labels.tolist() == [0] * 5 + [1] * 5
+
+
+# --- command line ------------------------------------------------------------------------------------
+
+FAST = ("--teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 --synth-batch 20 --synth-steps 2 "
+        "--kd-steps 2 --batch-size 20 --bank-capacity 64 --warmup-rounds 1 --no-detection").split()
+PROGRAM = [sys.executable, str(HERE / "cae_dfkd.py")]
+
+
+def cli(*args, cwd):
+    return subprocess.run([*PROGRAM, *args], cwd=cwd, capture_output=True, text=True, timeout=170)
+
+
+def tensors(*path):
+    return torch.load(Path(*path), weights_only=True)
+
+
+def equal_weights(*outs):
+    first, *others = (tensors(out, "student.pt")["state_dict"] for out in outs)
+    return all(same(first, other) for other in others)
+
+
+def cycles_logged(out):
+    return [json.loads(line)["cycle"] for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A folder with a quickly trained teacher on shapes and a finished tiny run, made by the real command."""
+    folder = tmp_path_factory.mktemp("work")
+    done = cli(*FAST, "--eval-every", "1", "--out", "runs/a", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def here(workdir, monkeypatch):
+    """In that folder, with probes that cost nothing."""
+    monkeypatch.chdir(workdir)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    return workdir
+
+
+def test_run_directory_is_complete(workdir):
+    run, out = workdir / "runs/a", (workdir / "stdout").read_text()
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt", "summary.json"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["student_accuracy"] < 100 and set(summary["probe"]) == {"student", "teacher", "untrained"}
+    order = [out.index(text) for text in ("training resnet8 for 1 epochs, into checkpoints/shapes_resnet8.pth",
+             f"teacher resnet8: {summary['teacher_accuracy']:.2f} %", "distilling: ", "top-1 on 2000 test images: student "
+             f"{summary['student_accuracy']:.2f}", "linear probe on shapes-unseen: student")]
+    assert order == sorted(order)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["cycle"] for line in lines] == [1, 2]
+    for key in "ce fm adv kd cae cncl lr variance recognised images seconds accuracy".split():
+        assert math.isfinite(lines[1][key])
+    assert lines[1]["accuracy"] == pytest.approx(summary["student_accuracy"])  # the last state
+    assert json.loads((run / "config.json").read_text())["kd_steps"] == 2
+
+
+def test_a_free_run_directory_is_chosen(here):
+    for _ in range(2):
+        assert C.main([*FAST, "--cycles", "1"]) == 0
+    assert {p.name for p in Path("runs").iterdir()} >= {"shapes_resnet8_resnet8_0", "shapes_resnet8_resnet8_0-again1"}
+
+
+def test_real_kd_makes_no_image_and_holds_the_training_set(here, monkeypatch):
+    monkeypatch.setattr(C, "generator_step", lambda *args: 1 / 0)
+    assert C.main([*FAST, "--real-kd", "--out", "runs/real"]) == 0
+    bank, (train, _) = tensors("runs/real/last.pt")["parts"][0], C.load_data("shapes", "train")
+    assert torch.equal(bank["bank.images"], train.tensors[0]) and torch.equal(bank["bank.labels"], train.tensors[1])
+
+
+def test_eval_only_gives_the_summary_number(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    assert C.main(["--eval-only", "runs/a/student.pt", "--dataset", "shapes-unseen"]) == 2
+    assert "no resnet8 with 6 classes" in capsys.readouterr().err
+    done, summary = cli("--eval-only", "runs/a/student.pt", "--no-detection", cwd=workdir), json.loads(Path("runs/a/summary.json").read_text())
+    assert done.returncode == 0 and f"student {summary['student_accuracy']:.2f}" in done.stdout
+    assert f"student {summary['probe']['student']:.2f}" in done.stdout
+
+
+def test_resume_is_exact(here, monkeypatch, capsys):
+    args = [*FAST, "--precision", "fp32", "--eval-every", "1"]  # the cut is at an evaluation
+    assert C.main(args + ["--out", "runs/whole"]) == 0
+    real = C.save_atomic
+
+    def interrupted(thing, path):
+        real(thing, path)
+        if path.name == "last.pt" and thing["counters"][0] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(C, "save_atomic", interrupted)
+    assert C.main(args + ["--out", "runs/cut"]) == 130 and "--resume --out runs/cut" in capsys.readouterr().err
+    monkeypatch.setattr(C, "save_atomic", real)
+    assert C.main(["--resume", "--out", "runs/cut"]) == 0
+    whole, cut = (tensors(f"runs/{n}/last.pt") for n in ("whole", "cut"))
+
+    def equal(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+    for name in ("parts", "random"):
+        assert equal(whole[name], cut[name])
+    assert cycles_logged("runs/cut") == [1, 2] and equal_weights("runs/whole", "runs/cut")
+    before = tensors("runs/cut/student.pt")
+    assert C.main(["--resume", "--out", "runs/cut"]) == 0  # of a finished run: the same again
+    assert same(before["state_dict"], tensors("runs/cut/student.pt")["state_dict"])
+
+
+def test_a_minute_budget_is_resumed_with_the_time_that_was_left(here):
+    assert C.main([*FAST, "--minutes", "0.02", "--out", "runs/minutes"]) == 0
+    saved = tensors("runs/minutes/last.pt")
+    seconds = saved["counters"][1]
+    assert 1.2 <= seconds < 1.8
+    saved["counters"][1] = 0.6
+    torch.save(saved, "runs/minutes/last.pt")
+    assert C.main(["--resume", "--out", "runs/minutes"]) == 0
+    more = tensors("runs/minutes/last.pt")["counters"]
+    assert more[0] > saved["counters"][0] and 1.2 <= more[1] < 1.8
+
+
+def test_evaluation_leaves_no_trace_in_the_student(here):
+    """Other test images, other reports, another probe or none: the same student, bit for bit."""
+    base = [*FAST, "--teacher-ckpt", "checkpoints/shapes_resnet8.pth", "--precision", "fp32"]
+    for split in ("train", "test"):
+        for name in list(C.SHAPES)[:10]:
+            save_image(here / "other" / split / name / "x.png", 16, 16)
+    preset = [word for name, value in C.PRESETS["shapes"].items() if name != "probe_dataset" and "--" + name.replace("_", "-") not in FAST
+              for word in ("--" + name.replace("_", "-"), str(value))]
+    runs = {"runs/e0": [], "runs/e1": ["--eval-every", "1", "--probe-dataset", "shapes"], "runs/e2": ["--dataset", "other", *preset]}
+    for out, args in runs.items():
+        assert C.main([*base, *args, "--out", out]) == 0
+    assert equal_weights(*runs)
+
+
+def test_help_needs_nothing_and_names_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(socket, "socket", lambda *a, **k: 1 / 0)
+    assert C.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(C.Config))
+    assert all(len(f.metadata["help"]) > 5 for f in dataclasses.fields(C.Config))
+
+
+def test_output_that_nobody_reads_is_no_error(workdir):
+    done = subprocess.run(f"{' '.join(PROGRAM)} --eval-only runs/a/student.pt --no-detection | true", shell=True, cwd=workdir,
+                          capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+# --- the teacher: fetched, placed, trained -----------------------------------------------------------
+
+
+@pytest.fixture
+def public(tmp_path, monkeypatch):
+    """A public teacher at a file: address, for the drawn shapes, with its digest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    torch.save({"state_dict": {"module." + k: v for k, v in C.build_model("resnet8", 10).state_dict().items()}}, "served.pth")
+    digest = hashlib.sha256(Path("served.pth").read_bytes()).hexdigest()
+
+    def offer(digest, address=f"file://{tmp_path}/served.pth"):
+        monkeypatch.setitem(C.PUBLIC_TEACHERS, ("shapes", "resnet8"), (address, digest, 91.5, C.IMAGENET))
+
+    offer(digest[:8])
+    return offer
+
+
+def test_a_public_teacher_is_fetched_once_checked_and_normalised(public, capsys):
+    assert C.main([*FAST, "--out", "run"]) == 0
+    out, (file,) = capsys.readouterr().out, Path("checkpoints").iterdir()
+    assert re.fullmatch(r"shapes_resnet8-[0-9a-f]{8}\.pth", file.name)
+    assert "served.pth, stated accuracy 91.5 %" in out and out.index("stated") < out.index("teacher resnet8: ")
+    assert tensors("run/student.pt")["mean"] == pytest.approx(C.IMAGENET[0])
+    Path("served.pth").unlink()  # now from checkpoints/
+    assert C.main([*FAST, "--cycles", "1", "--out", "again"]) == 0
+    assert C.main([*FAST, "--cycles", "1", "--out", "third", "--teacher-ckpt", str(file)]) == 0
+    assert tensors("third/student.pt")["mean"] == pytest.approx(C.IMAGENET[0])  # known by its digest
+
+
+@pytest.mark.parametrize("digest, address", [("0" * 8, None), ("", "file:///nowhere/at/all.pth"), ("12fca82f", "http://127.0.0.1:9/x.pth")])
+def test_a_public_teacher_that_is_wrong_or_away_leaves_nothing(digest, address, public, capsys):
+    public(*[digest] if address is None else [digest, address])
+    assert C.main([*FAST, "--out", "run"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: cannot fetch ") and f"as checkpoints/shapes_resnet8-{digest}.pth" in error and "--train-teacher" in error
+    assert not Path("run").exists() and not list(Path(".").rglob("checkpoints/*"))
+
+
+def test_own_files_come_before_public_ones_and_training_on_request(public, capsys):
+    assert C.main([*FAST, "--train-teacher", "--out", "run"]) == 0 and "training resnet8" in capsys.readouterr().out
+    own = tensors("checkpoints/shapes_resnet8.pth")
+    assert own["epochs"] == 1 and C.main([*FAST, "--cycles", "1", "--out", "again"]) == 0
+    assert "training" not in capsys.readouterr().out
+    assert C.main([*FAST, "--teacher-epochs", "2", "--cycles", "1", "--out", "longer"]) == 0
+    assert "training resnet8 for 2 epochs" in capsys.readouterr().out and tensors("checkpoints/shapes_resnet8.pth")["epochs"] == 2
+
+
+def test_teacher_training_goes_on_where_it_was(here, tmp_path, monkeypatch):
+    """An epoch, an interruption in the next one, and the same call again: the unbroken teacher, bit for bit."""
+    data, _ = C.load_data("shapes", "test")
+    data = TensorDataset(*(part[:512] for part in data.tensors))
+    config, calls = C.Config(teacher="resnet8", teacher_epochs=3, precision="fp32", device="cpu"), []
+
+    def train(path, status=lambda text: None):
+        torch.manual_seed(0)
+        C.train_teacher(config, 10, data, path, status)
+        return C.read_checkpoint(path)["state_dict"]
+
+    def breaks(text):
+        calls.append(text)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    whole = train(tmp_path / "whole.pth")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut.pth", breaks)
+    assert not (tmp_path / "cut.pth").exists() and (tmp_path / "cut.unfinished").exists() and "minutes left" in calls[-1]
+    assert same(whole, train(tmp_path / "cut.pth")) and not (tmp_path / "cut.unfinished").exists()
+
+
+def test_download_without_network_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    assert C.main(["--teacher", "resnet34", "--dataset", "cifar10"]) == 2
+    error = capsys.readouterr().err
+    assert "cifar10" in error and "cifar-10-batches-py/ into data/" in error and len(error.strip().splitlines()) == 1
+
+
+# --- several processes -------------------------------------------------------------------------------
+
+
+def torchrun(processes, *args, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*command, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
+                          timeout=170)
+
+
+WORKER = """
+import torch, cae_dfkd as C
+C.join_processes(C.Config(device="cpu"))
+config = C.Config(precision="fp32", cycles=1, generator_width=16, synth_batch=20, batch_size=20, image_size=16, lambda_adv=0.5)
+grads = []
+for connected in (False, True):                 # one process's arithmetic, and the same batch in two halves
+    torch.manual_seed(1)
+    teacher, student = C.build_model("resnet8", 4), C.build_model("resnet8", 4)
+    teacher(torch.rand(16, 3, 16, 16))
+    C.set_training(teacher.eval(), False)
+    C.set_training(student, False)
+    state = C.State(teacher, student, config)
+    state.generator.eval(), state.cend.eval()  # BatchNorm of generator and student see a share only: leave it out
+    if connected:
+        C.connect(state)
+    torch.manual_seed(2)
+    e_hat, labels, images = torch.randn(20, 64), torch.arange(20) % 4, torch.rand(20, 3, 16, 16)
+    C.generator_step(state, teacher, state.share(e_hat), state.share(labels), config)
+    student.requires_grad_(True)
+    C.student_step(state, teacher, state.share(images), state.share(labels), config)
+    grads.append(torch.cat([p.grad.flatten() for m in (state.generator, state.projection, student) for p in m.parameters()]))
+print("gradients", C.rank(), bool((grads[0] - grads[1]).norm() < 1e-3 * grads[0].norm()), flush=True)
+"""
+
+
+def test_two_processes_take_the_steps_of_one(workdir):
+    (workdir / "worker.py").write_text(WORKER)
+    done = torchrun(2, "worker.py", cwd=workdir)
+    assert "gradients 0 True" in done.stdout and "gradients 1 True" in done.stdout, done.stdout + done.stderr
+
+
+TWO = """
+import hashlib, os, sys, cae_dfkd as C
+C.linear_probe = lambda *args: {"accuracy": 0.0}
+distill, record = C.distill, C.Recorder.__call__
+def told(*args):
+    bits = b"".join(v.numpy().tobytes() for v in distill(*args).state_dict().values())
+    print("student", C.rank(), hashlib.sha256(bits).hexdigest(), flush=True)
+def dies(self, state, metrics):
+    record(self, state, metrics)
+    if "DIE" in os.environ and state.cycle == 1 and C.rank() == 1:
+        os._exit(9)
+C.distill, C.Recorder.__call__ = told, dies
+sys.exit(C.main())
+"""
+
+
+def test_two_processes_end_alike_and_a_lost_one_can_be_resumed(workdir, monkeypatch):
+    (workdir / "two.py").write_text(TWO)
+    args = [*FAST, "--precision", "fp32", "--out"]
+    monkeypatch.setenv("DIE", "1")
+    assert torchrun(2, "two.py", *args, "runs/cut", cwd=workdir).returncode != 0
+    monkeypatch.delenv("DIE")
+    assert tensors(workdir, "runs/cut/last.pt")["counters"][0] == 1
+    ends = [torchrun(2, "two.py", *words, cwd=workdir) for words in ([*args, "runs/two"], ["--resume", "--out", "runs/cut"])]
+    assert all(end.returncode == 0 for end in ends), ends[-1].stderr
+    students = [re.findall(r"student (\d) (\w{64})", end.stdout) for end in ends]
+    assert [len(s) for s in students] == [2, 2] and len({bits for s in students for _, bits in s}) == 1
+    assert cycles_logged(workdir / "runs/cut") == [1, 2]
+
+
+def test_torchrun_with_one_process_is_the_plain_run(workdir):
+    one = torchrun(1, str(HERE / "cae_dfkd.py"), *FAST, "--eval-every", "1", "--out", "runs/torchrun", cwd=workdir)
+    assert one.returncode == 0, one.stderr
+    assert equal_weights(workdir / "runs/a", workdir / "runs/torchrun")
+
+
+# --- hard to break -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1098,7 +1155,6 @@ def oddities(workdir):
         for name in "ab":
             save_image(workdir / "torn" / split / name / "x.png", 64, 64)
             save_image(workdir / "vast" / split / name / "x.png", 8, 8)
-            save_image(workdir / "long" / split / name / "x.png", 1, 1 if name == "a" else 200)
             (workdir / "text" / split / name).mkdir(parents=True)
             (workdir / "text" / split / name / "x.png").write_text("no image")
     torn = workdir / "torn/test/b/x.png"
@@ -1106,143 +1162,66 @@ def oddities(workdir):
     Image.new("1", (30_000, 30_000)).save(workdir / "vast/test/b/x.png")
     np.save(workdir / "wrong.npy", np.zeros((3, 7), dtype=np.float32))
     np.save(workdir / "nan.npy", np.full((10, 7), np.nan, dtype=np.float32))
-    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10, 10000000000000), }\n"
-    (workdir / "vast.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-    np.save(workdir / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    net = C.build_model("resnet8", 10).state_dict()
-    torch.save(C.build_model("resnet8", 100).state_dict(), workdir / "hundred.pth")
-    torch.save({**net, "fc.bias": torch.full((10,), math.nan)}, workdir / "nan.pth")
-    torch.save({**net, "fc.bias": torch.tensor(1.0)}, workdir / "scalar.pth")
-    torch.save({**net, "fc.weight": torch.zeros(1).expand(10, 64)}, workdir / "expanded.pth")
-    torch.save({**net, "fc.weight": torch.zeros(10, 64).to_sparse()}, workdir / "sparse.pth")
-    torch.save({**net, "fc.weight": torch.zeros(10, 64, dtype=torch.complex64)}, workdir / "complex.pth")
-    torch.save({"state_dict": net, "mean": "0.5", "std": [1.0] * 3}, workdir / "mean.pth")
-    torch.save({"state_dict": net, "mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}, workdir / "std.pth")
-    torch.save({"state_dict": net, "mean": [10**400, 0, 0], "std": [1] * 3}, workdir / "huge-mean.pth")
-    torch.save({"state_dict": net, "arch": "resnet8", "image_size": 32, "dataset": "cifar10"}, workdir / "elsewhere.pt")
-    (workdir / "binfloat.pth").write_text("Good")
-    (workdir / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x0e\x00{'descr': '<f4',")
     np.save(workdir / "alike.npy", np.ones((10, 7), dtype=np.float32))
-    np.save(workdir / "empty.npy", np.ones((10, 0), dtype=np.float32))
-    (workdir / "foreign").mkdir()
-    (workdir / "foreign/config.json").write_text('{"name": "of somebody"}')
+    np.save(workdir / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (workdir / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x0e\x00{'descr': '<f4',")
+    net = C.build_model("resnet8", 10).state_dict()
+    more = {"state_dict": net, "arch": "resnet8", "image_size": 32, "dataset": "shapes"}
+    for name, content in {
+        "fine.pth": net, "list.pth": [1, 2], "hundred.pth": C.build_model("resnet8", 100).state_dict(),
+        "nan.pth": {k: v * math.nan if v.is_floating_point() else v for k, v in net.items()},
+        "scalar.pth": {**net, "fc.bias": torch.tensor(1.0)}, "elsewhere.pt": more | {"dataset": "cifar10"},
+        "sparse.pth": {**net, "fc.weight": torch.zeros(10, 64).to_sparse()}, "mean.pth": more | {"mean": "0.5", "std": [1.0] * 3},
+        "huge.pt": more | {"image_size": 10**9}, "arch.pt": more | {"arch": ["resnet8"]},
+    }.items():
+        torch.save(content, workdir / name)
+    (workdir / "text.pth").write_text("not a checkpoint")
+    (workdir / "binfloat.pth").write_text("Good")
+    (workdir / "file").write_text("in the way")
     (workdir / "holds").mkdir()
     (workdir / "holds/student.pt").write_text("of somebody")
-    torch.save({"state_dict": net, "arch": "resnet8", "image_size": 10**9, "dataset": "shapes"}, workdir / "huge.pt")
-    torch.save({"state_dict": net, "arch": ["resnet8"], "image_size": 32}, workdir / "arch.pt")
-    torch.save(net, workdir / "fine.pth")
-    torch.save([1, 2], workdir / "list.pth")
-    torch.save(torch.zeros(1).expand(10, 10**9), workdir / "vast.pt")
-    with zipfile.ZipFile(workdir / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(10**7))
-    (workdir / "text.pth").write_text("not a checkpoint")
-    (workdir / "file").write_text("in the way")
-    for name, change in {"path": ("dataset", "/elsewhere"), "type": ("kd_steps", "many"), "key": ("colour", 1)}.items():
-        shutil.copytree(workdir / "runs/a", workdir / f"tampered/{name}")
-        config = json.loads((workdir / "runs/a/config.json").read_text()) | dict([change])
-        (workdir / f"tampered/{name}/config.json").write_text(json.dumps(config))
-    own = torch.load(workdir / "runs/a/last.pt", weights_only=True)["processes"][0]
-    labels = [own["bank"][0], own["bank"][1] + 99, own["bank"][2]]
-    tampered = {
-        "bank": {"processes": [{}]},
-        "labels": {"processes": [{**own, "bank": labels}]},
-        "learner": {"learner": {}},
-        "cycle": {"cycle": "1"},
-        "teacher": {"teacher": 1},
-        "list": None,
-    }
-    shutil.copytree(workdir / "runs/a", workdir / "tampered/deep")
-    (workdir / "tampered/deep/config.json").write_text("[" * 200_000)
-    for name, change in tampered.items():
-        shutil.copytree(workdir / "runs/a", workdir / f"tampered/{name}")
-        saved = torch.load(workdir / "runs/a/last.pt", weights_only=True)
-        torch.save([1] if change is None else saved | change, workdir / f"tampered/{name}/last.pt")
-        (workdir / f"tampered/{name}/summary.json").unlink()
+    saved = tensors(workdir, "runs/a/last.pt")
+    for name, change in {"parts": {"parts": []}, "state": {"parts": [{}, {}, {}]}, "counters": {"counters": [1]}, "list": None}.items():
+        (workdir / "tampered" / name).mkdir(parents=True)
+        (workdir / "tampered" / name / "config.json").write_text((workdir / "runs/a/config.json").read_text())
+        torch.save([1] if change is None else saved | change, workdir / "tampered" / name / "last.pt")
+    for name, text in {"type": '{"kd_steps": "many"}', "key": '{"colour": 1}', "deep": "[" * 200_000, "range": '{"kd_steps": -1}'}.items():
+        (workdir / "tampered" / name).mkdir()
+        text = json.dumps(json.loads((workdir / "runs/a/config.json").read_text()) | json.loads(text)) if name != "deep" else text
+        (workdir / "tampered" / name / "config.json").write_text(text)
+        torch.save(saved, workdir / "tampered" / name / "last.pt")
     return workdir
 
 
-NUMBERS = [f for f in dataclasses.fields(C.Config) if f.type in ("int", "float", "float | None")]
-OUT_OF_RANGE = [
-    (["--" + f.name.replace("_", "-"), value], "--" + f.name.replace("_", "-"))
-    for f in NUMBERS
-    for value in ("-1", "1e400" if "float" in f.type else "1" + "0" * 30, *(["nan"] if "float" in f.type else []))
-]
+OUT_OF_RANGE = [([flag, value], flag) for f in dataclasses.fields(C.Config) if f.type in ("int", "float", "float | None")
+                for flag in ["--" + f.name.replace("_", "-")]
+                for value in ("-1", *(["1e400", "nan"] if "float" in f.type else ["1" + "0" * 30]))]
 WRONG = [
-    (["--kd-steps", "many"], "--kd-steps"),
-    (["--colour", "red"], "--colour"),
-    (["--mean", "1"], "--mean"),
-    (["--precision", "fp8"], "--precision"),
-    (["--batch-size", "1"], "--batch-size"),
-    (["--teacher", "resnet999"], "resnet999"),
-    (["--student", "vit"], "vit"),
-    (["--teacher-ckpt", "absent.pth"], "absent.pth"),
-    (["--teacher-ckpt", "hundred.pth"], "(100, 64)"),
-    (["--teacher-ckpt", "text.pth"], "text.pth"),
-    (["--teacher-ckpt", "list.pth"], "list.pth"),
-    (["--teacher-ckpt", "nan.pth"], "fc.bias is not finite"),
-    (["--teacher-ckpt", "scalar.pth"], "fc.bias"),
-    (["--teacher-ckpt", "expanded.pth"], "plain tensors"),
-    (["--teacher-ckpt", "sparse.pth"], "plain tensors"),
-    (["--teacher-ckpt", "complex.pth"], "plain tensors"),
-    (["--teacher-ckpt", "mean.pth"], "mean should be three numbers"),
-    (["--teacher-ckpt", "std.pth"], "std should be three numbers"),
-    (["--teacher-ckpt", "bomb.pth"], "expand to 10,000,000 bytes"),
-    (["--teacher-ckpt", "differ"], "differ"),
-    (["--teacher-ckpt", "fine.pth", "--teacher", "resnet20"], "is no resnet20"),
-    (["--mean", "nan", "0", "0"], "--mean"),
-    (["--std", "1", "0", "1"], "--std"),
-    (["--magnitudes", "1", "-1"], "--magnitudes"),
-    (["--dataset", "nowhere"], "nowhere"),
-    (["--dataset", "empty"], "empty"),
-    (["--dataset", "differ"], "different classes"),
-    (["--dataset", "lonely"], "one class only"),
-    (["--dataset", "torn"], "torn/test/b/x.png"),
-    (["--dataset", "vast"], "vast/test/b/x.png"),
-    (["--dataset", "text"], "text/test/a/x.png"),
-    (["--probe-dataset", "nowhere"], "nowhere"),
-    (["--probe-dataset", "torn"], "torn/test/b/x.png"),
-    (["--prior", "absent.npy"], "absent.npy"),
-    (["--prior", "wrong.npy"], "(3, 7)"),
-    (["--prior", "nan.npy"], "finite"),
-    (["--prior", "objects.npy"], "objects.npy"),
-    (["--prior", "list.pth"], "the prior is (2,)"),
-    (["--prior", "vast.pt"], "vast.pt"),
-    (["--prior", "vast.npy"], "vast.npy"),
-    (["--prior", "text.pth"], "text.pth"),
-    (["--eval-only", "absent.pt"], "absent.pt"),
-    (["--eval-only", "fine.pth"], "architecture"),
-    (["--eval-only", "huge.pt"], "--image-size 1000000000"),
-    (["--eval-only", "arch.pt"], "architecture"),
-    (["--eval-only", "elsewhere.pt"], "distilled for cifar10: give --dataset"),
-    (["--eval-only", ""], "--eval-only"),
-    (["--out", "holds"], "holds holds a run"),
-    (["--out", "foreign"], "foreign/config.json"),
-    (["--teacher-ckpt", "huge-mean.pth"], "mean should be three numbers"),
-    (["--teacher-ckpt", "binfloat.pth"], "binfloat.pth"),
-    (["--teacher-ckpt", "/dev/zero"], "/dev/zero"),
-    (["--prior", "cut.npy"], "cut.npy"),
-    (["--prior", "alike.npy"], "not all alike"),
-    (["--prior", "empty.npy"], "(10, 0)"),
-    (["--dataset", "long"], "long/test/b/x.png"),
-    (["--resume", "--out", "tampered/labels"], "labels out of range"),
-    (["--resume", "--out", "tampered/cycle"], "out of range"),
-    (["--resume", "--out", "tampered/teacher"], "the teacher is not the one"),
-    (["--resume", "--out", "tampered/deep"], "config.json"),
-    (["--image-size", "33"], "33"),
-    (["--no-cend", "--no-decoupled"], "--no-cend"),
-    (["--real-kd", "--no-decoupled"], "--real-kd"),
-    (["--bank-capacity", "900000000"], "memory"),
-    (["--device", "cuda"], "--device cuda"),
-    (["--out", "file/run"], "file"),
-    (["--out", "runs/a"], "runs/a holds a run"),
-    (["--resume", "--out", "runs/none"], "runs/none"),
-    (["--resume", "--out", "runs/a", "--kd-steps", "9"], "kd_steps"),
-    (["--resume", "--out", "tampered/path"], "not saved with the config.json beside it"),
-    (["--resume", "--out", "tampered/type"], "--kd-steps 'many'"),
-    (["--resume", "--out", "tampered/key"], "colour"),
-    (["--resume", "--out", "tampered/bank"], "does not fit"),
-    (["--resume", "--out", "tampered/learner"], "does not fit"),
-    (["--resume", "--out", "tampered/list"], "last.pt"),
+    (["--kd-steps", "many"], "--kd-steps"), (["--colour", "red"], "--colour"), (["--min", "1"], "--min"), (["--mean", "1"], "--mean"),
+    (["--mean", "0", "0", "0"], "belong together"), (["--precision", "fp8"], "--precision"), (["--batch-size", "1"], "--batch-size"),
+    (["--teacher", "resnet999"], "resnet999"), (["--student", "vit"], "vit"), (["--teacher-ckpt", "absent.pth"], "absent.pth"),
+    (["--teacher-ckpt", "hundred.pth"], "100"), (["--teacher-ckpt", "text.pth"], "text.pth"),
+    (["--teacher-ckpt", "list.pth"], "list.pth"), (["--teacher-ckpt", "nan.pth"], "finite"),
+    (["--teacher-ckpt", "scalar.pth"], "fc.bias"), (["--teacher-ckpt", "sparse.pth"], "sparse.pth"),
+    (["--teacher-ckpt", "mean.pth"], "mean.pth is no resnet8"), (["--teacher-ckpt", "differ"], "differ"), (["--teacher-ckpt", "binfloat.pth"], "binfloat"),
+    (["--teacher-ckpt", "/dev/zero"], "/dev/zero"), (["--teacher-ckpt", "fine.pth", "--teacher", "resnet20"], "is no resnet20"),
+    (["--mean", "nan", "0", "0", "--std", "1", "1", "1"], "--mean"), (["--mean", "0", "0", "0", "--std", "1", "0", "1"], "--std"),
+    (["--magnitudes", "1", "-1"], "--magnitudes"), (["--dataset", "nowhere"], "nowhere"), (["--dataset", "empty"], "empty"),
+    (["--dataset", "differ"], "same two or more classes"), (["--dataset", "lonely"], "same two or more classes"),
+    (["--dataset", "torn"], "torn/test/b/x.png"), (["--dataset", "vast"], "vast/test/b/x.png"), (["--dataset", "text"], "text/test/a/x.png"),
+    (["--probe-dataset", "nowhere"], "nowhere"), (["--prior", "absent.npy"], "absent.npy"), (["--prior", "wrong.npy"], "(3, 7)"),
+    (["--prior", "nan.npy"], "finite"), (["--prior", "objects.npy"], "objects.npy"), (["--prior", "cut.npy"], "cut.npy"),
+    (["--prior", "alike.npy"], "not all alike"), (["--prior", "text.pth"], "text.pth"), (["--eval-only", "absent.pt"], "absent.pt"),
+    (["--eval-only", "fine.pth"], "architecture"), (["--eval-only", "huge.pt"], "--image-size 1000000000"),
+    (["--eval-only", "arch.pt"], "resnet8"), (["--eval-only", "elsewhere.pt"], "distilled for cifar10: give --dataset"),
+    (["--eval-only", ""], "no such file"), (["--out", "holds"], "holds is not empty"), (["--out", "runs/a"], "runs/a is not empty"),
+    (["--image-size", "33"], "33"), (["--no-cend", "--no-decoupled"], "--no-cend"), (["--real-kd", "--no-decoupled"], "--real-kd"),
+    (["--bank-capacity", "900000000"], "lower a batch size, --bank-capacity"), (["--device", "cuda"], "--device cuda"), (["--out", "file/run"], "file"),
+    (["--resume", "--out", "runs/none"], "runs/none"), (["--resume", "--out", "runs/a", "--kd-steps", "9"], "--kd-steps"),
+    (["--resume", "--out", "tampered/type"], "error: "), (["--resume", "--out", "tampered/key"], "colour"),
+    (["--resume", "--out", "tampered/range"], "--kd-steps"), (["--resume", "--out", "tampered/deep"], "error: "),
+    (["--resume", "--out", "tampered/parts"], "error: "), (["--resume", "--out", "tampered/state"], "error: "),
+    (["--resume", "--out", "tampered/counters"], "error: "), (["--resume", "--out", "tampered/list"], "error: "),
 ]
 
 
@@ -1251,67 +1230,35 @@ def tree(folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Validating sparse")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Validating sparse", "ignore:Sparse")
 @pytest.mark.parametrize("args, culprit", WRONG + OUT_OF_RANGE, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_wrong_input_is_one_line_and_code_2(args, culprit, oddities, monkeypatch, capsys):
     monkeypatch.chdir(oddities)
-    before = tree("."), sorted(Path("runs").iterdir())
-    fast = [] if "--resume" in args else FAST
-    assert C.main([*fast, "--out", "runs/bad", *args]) == 2
-    error = capsys.readouterr().err
-    assert culprit in error and len(error.strip().splitlines()) == 1 and error.startswith("error: ")
-    assert (tree("."), sorted(Path("runs").iterdir())) == before
-
-
-def test_odd_but_right_images_are_read(tmp_path):
-    for i, (mode, size) in enumerate({"L": (9, 40), "RGBA": (40, 9), "P": (1, 1), "1": (64, 64), "RGB": (5, 300)}.items()):
-        for name in "ab":
-            save_image(tmp_path / "test" / name / f"{i}.png", *size, mode=mode)
-    data, names = C.load_data(str(tmp_path), "test")
-    images, labels = data.tensors
-    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.uint8 and names == ["a", "b"]
-    assert labels.tolist() == [0] * 5 + [1] * 5
-
-
-@pytest.mark.parametrize("kind", ["half", "bfloat16", "double", "transposed", "shared"])
-def test_odd_but_right_checkpoints_are_read(kind, tmp_path):
-    torch.manual_seed(0)
-    state = C.build_model("resnet8", 4).state_dict()
-    if kind == "transposed":
-        state["fc.weight"] = state["fc.weight"].T.contiguous().T
-    elif kind == "shared":
-        whole = torch.randn(2, 16)
-        state["bn1.weight"], state["bn1.bias"] = whole[0], whole[1]
-    else:
-        state = {k: getattr(v, kind)() if v.is_floating_point() else v for k, v in state.items()}
-    torch.save(state, tmp_path / "net.pth")
-    loaded = C.load_teacher("resnet8", 4, str(tmp_path / "net.pth")).net.state_dict()
-    assert all(torch.equal(v, state[k].to(v.dtype)) for k, v in loaded.items())
-
-
-def test_weak_teacher_and_missing_batchnorm_are_warned_of(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
     monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
+    before = tree(".")
+    fast = [] if "--resume" in args else FAST
+    if "--prior" in args or "--probe-dataset" in args:
+        fast = [*fast, "--teacher-ckpt", "fine.pth"]
+    out = [] if "--out" in args else ["--out", "runs/bad"]
+    assert C.main([*fast, *out, *args]) == 2
+    error = capsys.readouterr().err
+    assert culprit in error and len(error.strip().splitlines()) == 1 and "error: " in error
+    assert tree(".") == before
+
+
+def test_debug_shows_where(here):
+    with pytest.raises(C.UserError, match="no such file"):
+        C.main([*FAST, "--teacher-ckpt", "absent.pth", "--debug"])
+
+
+def test_a_weak_teacher_is_warned_of(here, capsys):
     torch.save(C.build_model("resnet8", 10).state_dict(), "weak.pth")
     assert C.main([*FAST, "--teacher-ckpt", "weak.pth", "--out", "runs/weak"]) == 0
-    assert capsys.readouterr().out.count("warning: this teacher knows next to nothing") == 1
-    bare = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-    with pytest.warns(UserWarning, match="no BatchNorm: feature matching is off"):
-        C.distill(bare, build_pair()[1], C.Config(**TINY))
-    with pytest.raises(C.UserError, match="one object"):
-        C.distill(bare, bare, C.Config(**TINY))
-
-
-def test_more_classes_than_a_batch(tmp_path):
-    torch.manual_seed(0)
-    teacher, student = C.build_model("resnet8", 30), C.build_model("resnet8", 30)
-    C.distill(teacher, student, C.Config(**{**TINY, "synth_batch": 8, "batch_size": 8}))
-    assert all(v.isfinite().all() for v in student.state_dict().values())
+    assert capsys.readouterr().out.count("next to nothing: are --mean") == 1
 
 
 @pytest.mark.parametrize("function, phase", [("category_consistency_loss", "ce"), ("kd_loss", "kd")])
-def test_a_loss_that_breaks_keeps_the_last_good_state(function, phase, workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
+def test_a_loss_that_breaks_keeps_the_last_good_state(function, phase, here, monkeypatch, capsys):
     real, calls = getattr(C, function), []
 
     def breaks(*args):
@@ -1323,146 +1270,83 @@ def test_a_loss_that_breaks_keeps_the_last_good_state(function, phase, workdir, 
     assert C.main([*FAST, "--cycles", "5", "--out", out]) == 2
     error = capsys.readouterr().err
     assert f"in cycle 3: {phase}" in error and len(error.splitlines()) == 1
-    saved = torch.load(Path(out, "last.pt"), weights_only=True)
-    assert 1 <= saved["cycle"] <= 2 and all(v.isfinite().all() for v in saved["learner"].values())
+    saved = tensors(out, "last.pt")
+    assert 1 <= saved["counters"][0] <= 2 and all(v.isfinite().all() for v in saved["parts"][0].values())
 
 
-def test_full_disk_keeps_what_was_saved(workdir, tmp_path, monkeypatch, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    try:
-        monkeypatch.chdir(workdir)
-        real = C.save_atomic
+def test_a_full_disk_keeps_what_was_saved(here, monkeypatch, capsys):
+    real = C.torch.save
 
-        def then_fill(thing, path):
-            real(thing, path)
-            if path.name == "last.pt" and not (disk / "fill").exists():
-                with contextlib.suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
-                    while file.write(bytes(4096)):
-                        pass
+    def full(thing, path):
+        if "counters" in thing and thing["counters"][0] == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(thing, path)
 
-        monkeypatch.setattr(C, "save_atomic", then_fill)
-        assert C.main([*FAST, "--out", str(disk / "run")]) == 2
-        error = capsys.readouterr().err
-        assert re.search("No space left|is the disk full", error) and len(error.splitlines()) == 1
-        assert torch.load(disk / "run/last.pt", weights_only=True)["cycle"] == 1
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    monkeypatch.setattr(C.torch, "save", full)
+    assert C.main([*FAST, "--out", "runs/full"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and len(error.splitlines()) == 1 and tensors("runs/full/last.pt")["counters"][0] == 1
 
 
-EXTREME = {
-    "huge": lambda n, k: torch.randn(n, k) * 1e4,
-    "equal rows": lambda n, k: torch.randn(1, k).expand(n, k),
-    "zero": lambda n, k: torch.zeros(n, k),
-    "one hot, hard": lambda n, k: 2e4 * F.one_hot(torch.arange(n) % k, k).float() - 1e4,
-    "tiny": lambda n, k: torch.randn(n, k) * 1e-20,
-}
+def test_checkpoints_take_a_small_share_of_the_time(here, monkeypatch):
+    real, saves = C.save_atomic, []
 
+    def slow_save(thing, path):
+        if path.name == "last.pt":
+            saves.append(thing["counters"][0])
+            time.sleep(0.5)
+        real(thing, path)
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", EXTREME)
-def test_losses_in_extreme_places(kind, dtype):
-    """Finite values and gradients, the documented ranges, no matter in which order the batch comes."""
-    tau = 4.0
-    for seed, (n, k) in enumerate([(1, 2), (2, 2), (7, 3), (16, 10), (5, 100)]):
-        torch.manual_seed(seed)
-        s, t = (EXTREME[kind](n, k).to(dtype) for _ in range(2))
-        labels, e, order = torch.randint(k, (n,)), torch.randn(k, k), torch.randperm(n)
-        for loss, low, high in (
-            (lambda x, i: C.category_consistency_loss(x[i], labels[i]), 0, math.inf),
-            (lambda x, i: C.kd_loss(x[i], t[i], tau), 0, math.inf),
-            (lambda x, i: C.kd_loss(t[i], x[i], tau), 0, math.inf),
-            (lambda x, i: C.adversarial_loss(x[i], t[i]), -math.inf, 0),
-            (lambda x, i: C.category_aware_embedding_loss(x[i], labels[i], e), 0, math.inf),
-            (lambda x, i: C.contrastive_loss(x[i], labels[i]), 0, math.inf),
-        ):
-            x = s.clone().requires_grad_()
-            value = loss(x, torch.arange(n))
-            value.backward()
-            slack = 1e-6 * max(1.0, s.abs().max().item())
-            assert value.isfinite() and x.grad.isfinite().all()
-            assert low - slack <= value.item() <= high + slack
-            torch.testing.assert_close(loss(s, order), value.detach(), rtol=1e-3, atol=1e-3)
-
-
-def test_cosine_losses_do_not_see_the_scale():
-    torch.manual_seed(0)
-    z, e, labels = torch.randn(12, 6), torch.randn(4, 6), torch.arange(12) % 4
-    for scale in (1e-3, 1.0, 1e3):
-        torch.testing.assert_close(C.contrastive_loss(z * scale, labels), C.contrastive_loss(z, labels))
-        torch.testing.assert_close(
-            C.category_aware_embedding_loss(z * scale, labels, e / scale), C.category_aware_embedding_loss(z, labels, e)
-        )
-
-
-def weights(out):
-    return torch.load(Path(out, "student.pt"), weights_only=True)["state_dict"]
-
-
-def equal_weights(*outs):
-    first, *others = map(weights, outs)
-    return all(torch.equal(v, other[k]) for other in others for k, v in first.items())
-
-
-def test_evaluation_leaves_no_trace_in_the_student(workdir, monkeypatch):
-    """Other test images, other reports, another probe or none: the same student, bit for bit."""
-    monkeypatch.chdir(workdir)
-    base = [*FAST, "--teacher-ckpt", "checkpoints/shapes_resnet8.pth", "--precision", "fp32"]
-    for split in ("train", "test"):
-        for name in list(C.SHAPES)[:10]:
-            save_image(workdir / "other" / split / name / "x.png", 16, 16)
-    runs = {
-        "runs/e0": [],
-        "runs/e1": ["--eval-every", "1", "--probe-dataset", "shapes"],
-        "runs/e2": ["--dataset", "other", "--preset", "shapes", "--deterministic"],
-    }
-    for out, args in runs.items():
-        assert C.main([*base, "--out", out, *args]) == 0
-    assert equal_weights(*runs)
-
-
-def test_a_finished_run_is_left_alone(workdir, monkeypatch, capsys):
-    monkeypatch.chdir(workdir)
-    before = tree("runs/a")
-    assert C.main(["--resume", "--out", "runs/a"]) == 0
-    assert "is finished" in capsys.readouterr().out and tree("runs/a") == before
+    monkeypatch.setattr(C, "save_atomic", slow_save)
+    assert C.main([*FAST, "--cycles", "6", "--out", "runs/slow"]) == 0
+    assert saves == [1, 6]  # at once, then not before 25 s have gone, and at the end
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, workdir):
     out = f"runs/signal{int(number)}"
-    command = [sys.executable, str(HERE / "cae_dfkd.py"), *FAST, "--cycles", "100000", "--out", out]
-    run = subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*PROGRAM, *FAST, "--cycles", "100000", "--out", out], cwd=workdir, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     while not (workdir / out / "last.pt").exists():
         assert run.poll() is None
-        C.time.sleep(0.05)
-    (workdir / out / "last.pt.1.tmp").write_text("half a checkpoint")
-    C.time.sleep(0.5)
+        time.sleep(0.05)
+    time.sleep(0.5)
     run.send_signal(number)
-    stdout, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130 and f"--resume --out {out}" in stderr and "stopping after this cycle" in stderr
-    saved = torch.load(workdir / out / "last.pt", weights_only=True)
-    lines = (workdir / out / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == saved["cycle"] > 1
+    assert len(cycles_logged(workdir / out)) == tensors(workdir, out, "last.pt")["counters"][0] > 1
 
 
-slow = pytest.mark.skipif("CAE_DFKD_SLOW" not in os.environ, reason="minutes; CAE_DFKD_SLOW=1 runs it, as .ci/run does")
+# A run whose every cycle ends with a checkpoint that takes its time: most kills fall into the writing.
+KILLED = """
+import sys, time, cae_dfkd as C
+real = C.torch.save
+def slow(thing, path):
+    path.write_bytes(b"half")
+    time.sleep(0.3)
+    real(thing, path)
+C.torch.save = slow
+save = C.Recorder.save
+def always(self):
+    save(self)
+    self.save_at = 0
+C.Recorder.save = always
+sys.exit(C.main())
+"""
 
 
 @slow
 def test_twenty_kills_change_nothing(workdir):
     """kill -9 at random moments, checkpoint writes among them; the student is that of the unbroken run."""
-    args = [*FAST, "--cycles", "150", "--precision", "fp32"]
+    args = [*FAST, "--cycles", "100", "--precision", "fp32"]
     assert cli(*args, "--out", "runs/unbroken", cwd=workdir).returncode == 0
     moments, kills, out = np.random.default_rng(0), 0, workdir / "runs/killed"
-    command = [sys.executable, "-c", KILLED, *args, "--out", "runs/killed"]
+    start = command = [sys.executable, "-c", KILLED, *args, "--out", "runs/killed"]
     while True:
         run = subprocess.Popen(command, cwd=workdir, env={**os.environ, "PYTHONPATH": str(HERE)}, stderr=subprocess.PIPE)
         try:
-            done = run.wait(moments.uniform(2.5, 6.0) if kills < 20 else 170)
+            done = run.wait(moments.uniform(2.5, 7.0) if kills < 20 else 170)
         except subprocess.TimeoutExpired:
             run.kill()
             run.wait()
@@ -1470,54 +1354,28 @@ def test_twenty_kills_change_nothing(workdir):
         else:
             assert done == 0, run.stderr.read().decode()
             break
-        if (out / "last.pt").exists():
-            torch.load(out / "last.pt", weights_only=True)  # never a half
-            command = [*command[:3], "--resume", "--out", "runs/killed"]
-        else:
-            command = [*command[:3], *args, "--out", "runs/killed"]
-    assert kills == 20
-    assert equal_weights(workdir / "runs/unbroken", out)
-    lines = [json.loads(line)["cycle"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 151)) and not list(out.glob("*.tmp"))
-
-
-# A run whose every cycle ends with a checkpoint that takes its time: most kills fall into the writing.
-KILLED = """
-import sys, cae_dfkd as C
-real, C.SAVE_EVERY = C.torch.save, 0
-def slow(thing, path):
-    path.write_bytes(b"half")
-    C.time.sleep(0.3)
-    real(thing, path)
-C.torch.save = slow
-sys.exit(C.main())
-"""
+        saved = (out / "last.pt").exists() and tensors(out, "last.pt")  # never a half
+        command = [*start[:3], "--resume", "--out", "runs/killed"] if saved else start
+    assert kills == 20 and equal_weights(workdir / "runs/unbroken", out)
+    assert cycles_logged(out) == list(range(1, 101)) and not list(out.glob("*.tmp"))
 
 
 @slow
-def test_soak(workdir, monkeypatch):
-    """2,000 cycles: memory flat within 5 %, a line for each, no file left open."""
-    monkeypatch.chdir(workdir)
-    monkeypatch.setattr(C, "linear_probe", lambda *args: {"accuracy": 0.0})
-    real, seen = C.distill, []
+def test_soak(here, monkeypatch):
+    """1,000 cycles: memory flat within 5 %, a line for each, no file left open."""
+    real, seen = C.Recorder.__call__, []
 
-    def distill(*args):
-        *rest, on_cycle = args
+    def measured(self, state, metrics):
+        real(self, state, metrics)
+        if state.cycle % 100 == 0:
+            memory = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+            seen.append((int(memory), len(os.listdir("/proc/self/fd"))))
 
-        def then(state, metrics):
-            on_cycle(state, metrics)
-            if state.cycle % 100 == 0:
-                status = Path("/proc/self/status").read_text()
-                seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]), len(os.listdir("/proc/self/fd"))))
-
-        return real(*rest, then)
-
-    monkeypatch.setattr(C, "distill", distill)
-    assert C.main([*FAST, "--cycles", "2000", "--synth-steps", "1", "--kd-steps", "1", "--out", "runs/soak"]) == 0
+    monkeypatch.setattr(C.Recorder, "__call__", measured)
+    assert C.main([*FAST, "--cycles", "1000", "--synth-steps", "1", "--kd-steps", "1", "--out", "runs/soak"]) == 0
     memory, files = zip(*seen)
-    assert len(seen) == 20 and max(memory[2:]) <= 1.05 * memory[2] and len(set(files)) == 1
-    lines = [json.loads(line)["cycle"] for line in Path("runs/soak/metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, 2001))
+    assert len(seen) == 10 and max(memory[2:]) <= 1.05 * memory[2] and len(set(files)) == 1
+    assert cycles_logged("runs/soak") == list(range(1, 1001))
 
 
 # --- real data ---------------------------------------------------------------------------------------
@@ -1533,37 +1391,12 @@ def test_public_teacher_scores_what_it_should():
 
 @needs_real
 def test_real_command_for_a_few_seconds(tmp_path):
-    done = cli(
-        "--dataset",
-        str(REAL / "cifar10"),
-        "--teacher",
-        "resnet20",
-        "--teacher-ckpt",
-        str(REAL / "resnet20_cifar10.th"),
-        "--mean",
-        "0.485",
-        "0.456",
-        "0.406",
-        "--std",
-        "0.229",
-        "0.224",
-        "0.225",
-        "--prior",
-        str(REAL / "clip_vitb32_cifar10.npy"),
-        "--minutes",
-        "0.05",
-        "--warmup-rounds",
-        "0",
-        "--synth-steps",
-        "2",
-        "--kd-steps",
-        "4",
-        "--out",
-        "run",
-        cwd=tmp_path,
-    )
+    """Without --mean and --std: the file is known by its digest."""
+    done = cli("--dataset", str(REAL / "cifar10"), "--teacher-ckpt", str(REAL / "resnet20_cifar10.th"), "--prior",
+               str(REAL / "clip_vitb32_cifar10.npy"), "--minutes", "0.05", "--warmup-rounds", "0", "--synth-steps", "2",
+               "--kd-steps", "4", "--out", "run", "--no-detection", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("teacher resnet20: 91.64 %")
+    assert "stated accuracy 91.7 %\nteacher resnet20: 91.64 % on 1017 test images" in done.stdout
     assert json.loads((tmp_path / "run/summary.json").read_text())["test_images"] == 1017
 
 
@@ -1572,70 +1405,37 @@ def test_real_command_for_a_few_seconds(tmp_path):
 
 def test_file_keeps_its_promises():
     tree = ast.parse(SOURCE)
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    longest = max(functions, key=lambda n: n.end_lineno - n.lineno)
-    assert longest.end_lineno - longest.lineno < 90, longest.name
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    longest = max((n for n in nodes if isinstance(n, ast.FunctionDef)), key=lambda n: n.end_lineno - n.lineno)
+    assert longest.end_lineno - longest.lineno < 60, longest.name
     assert max(map(len, SOURCE.splitlines())) <= 100
-    assert ".cuda(" not in SOURCE and "weights_only=False" not in SOURCE
-    listed, used = (
-        set(re.findall(r"\[choice (\d+)\]", part)) for part in (ast.get_docstring(tree), SOURCE.split('"""', 2)[2])
-    )
-    assert listed == used and len(listed) >= 8
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and (doc := ast.get_docstring(node)):
-            assert not re.search(r"[\x00-\x08\x0b-\x1f]", doc), node.name
-    documented = "\n".join(
-        ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))
-    )
+    assert ".cuda(" not in SOURCE and "weights_only=False" not in SOURCE and SOURCE.count("[our choice]") >= 10
+    documented = "\n".join(ast.get_docstring(n) or "" for n in nodes)
     assert all(re.search(rf"[Ee]q\. {k}\b", documented) for k in range(1, 11))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f]", documented)
 
 
 def test_import_has_no_side_effect(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import cae_dfkd, os, threading; print(os.listdir(), threading.active_count())"
-    done = subprocess.run(
-        [sys.executable, "-B", "-W", "error::SyntaxWarning", "-c", code, str(HERE)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import cae_dfkd, os, threading; "
+            "print(os.listdir(), threading.active_count())")
+    done = subprocess.run([sys.executable, "-B", "-W", "error::SyntaxWarning", "-c", code, str(HERE)], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.stdout.strip() == "[] 1", done.stderr
 
 
-README = (HERE / "README.md").read_text()
-
-
 def test_readme_commands_parse():
-    commands = re.findall(
-        r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S)), re.M
-    )
+    blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, re.S))
+    commands = re.findall(r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", blocks, re.M)
     assert len(commands) >= 4
     for command in commands:
         words = command.split("#")[0].replace("\\\n", " ").replace("&&", " ").split()
-        if "--help" not in words:
+        if not {"--help", "--resume"} & set(words):
             C.parse_args(words)
 
 
 def test_readme_python_snippets_run(tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    snippets = [s for s in snippets if not re.search("import (clip|matplotlib)", s)]  # not installed here
+    snippets = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if not re.search("import (clip|matplotlib)", s)]
     assert snippets
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
-
-
-def test_readme_five_folds_are_near_the_single_split(workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
-    names = {}
-    exec(next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "def five_folds" in s), names)
-    single = json.loads(Path("runs/a/summary.json").read_text())["probe"]["teacher"]
-    five = names["five_folds"]("checkpoints/shapes_resnet8.pth", "shapes-unseen", 1e-4)
-    assert single > 50 and five == pytest.approx(single, abs=4), (single, five)
-
-
-def test_readme_maps_every_equation_to_code_and_test():
-    rows = re.findall(r"^\| (\d+) \|.*?\| `(\w+)` \| `(\w+)` \|", README, re.M)
-    assert [int(r[0]) for r in rows] == list(range(1, 11))
-    here = (HERE / "test_cae_dfkd.py").read_text()
-    for _, name, test in rows:
-        assert hasattr(C, name) and f"def {test}(" in here
