@@ -107,8 +107,13 @@ def cosine(a, b):
     return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 
-def slow_cae(z, f, tau):
-    return sum(-log_softmax([cosine(row, other) / tau for other in f])[i] for i, row in enumerate(z)) / len(z)
+def slow_cae(z, f, y, tau):
+    f = [[v - sum(column) / len(f) for v, column in zip(row, zip(*f))] for row in f]
+    total = 0.0
+    for i, row in enumerate(z):
+        below = sum(math.exp(cosine(row, f[k]) / tau) for k in range(len(f)) if k == i or y[k] != y[i])
+        total -= cosine(row, f[i]) / tau - math.log(below)
+    return total / len(z)
 
 
 def slow_contrastive(z, y, tau):
@@ -151,7 +156,8 @@ ORACLES = {
     "eq5 teacher": (lambda x: C.adversarial_loss(torch.tensor(S), x), lambda x: slow_adversarial(S, x), T),
     "eq7": (lambda x: C.kd_loss(x, torch.tensor(T), 3.0), lambda x: slow_kd(x, T, 3.0), S),
     "eq7 default": (lambda x: 100 * C.kd_loss(x, torch.tensor(T)), lambda x: 100 * slow_kd(x, T, 20.0), S),
-    "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(E), 0.2), lambda x: slow_cae(x, E, 0.2), Z),
+    "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(E), torch.tensor(LABELS), 0.2),
+            lambda x: slow_cae(x, E, LABELS, 0.2), Z),
     "eq9": (lambda x: C.contrastive_loss(x, torch.tensor(LABELS), 0.3), lambda x: slow_contrastive(x, LABELS, 0.3), Z),
 }
 
@@ -218,7 +224,7 @@ ALL_LOSSES = {
     "ce": lambda x, y: C.category_consistency_loss(x, y),
     "adv": lambda x, y: C.adversarial_loss(x, x.detach().flip(1) * 0.5 + x.detach()),
     "kd": lambda x, y: C.kd_loss(x, x.detach().flip(1)),
-    "cae": lambda x, y: C.category_aware_embedding_loss(x, x.detach().flip(1)),
+    "cae": lambda x, y: C.category_aware_embedding_loss(x, x.detach().flip(1), y),
     "cncl": lambda x, y: C.contrastive_loss(x, y),
 }
 BATCHES = {
@@ -255,7 +261,30 @@ def test_cosine_losses_do_not_see_the_scale():
     z, f, labels = torch.randn(12, 6), torch.randn(12, 6), torch.arange(12) % 4
     for scale in (1e-3, 1e3):
         torch.testing.assert_close(C.contrastive_loss(z * scale, labels), C.contrastive_loss(z, labels))
-        torch.testing.assert_close(C.category_aware_embedding_loss(z * scale, f / scale), C.category_aware_embedding_loss(z, f))
+        scaled, loss = (C.category_aware_embedding_loss(z * a, f / a + 7, labels) for a in (scale, 1.0))
+        torch.testing.assert_close(scaled, loss, rtol=1e-3, atol=1e-3)
+
+
+def test_category_aware_embeddings_leave_the_own_category_alone():
+    """Rows of one category are no negatives of each other: swapping their targets' distance costs nothing."""
+    f = torch.randn(8, 5)
+    z, one = torch.randn(8, 5), torch.zeros(8, dtype=torch.long)
+    assert C.category_aware_embedding_loss(z, f, one) == 0
+    two = torch.arange(8) % 2
+    far = z.clone().requires_grad_()
+    C.category_aware_embedding_loss(far, f, two)[None].backward()
+    assert (far.grad.abs().sum(1) > 0).all()
+
+
+def test_places_are_the_same_in_maps_of_any_size():
+    grid = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).T.view(1, 2, 8, 8).expand(5, -1, -1, -1)
+    fine, coarse = grid.repeat_interleave(2, 2).repeat_interleave(2, 3), grid[:, :, ::2, ::2]
+    places = torch.rand(5, 50, 2)
+    rows = [C.read_places(m, places) for m in (grid, fine // 1, coarse)]
+    assert all(r.shape == (250, 2) for r in rows) and torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0] // 2 * 2, rows[2]) and len(rows[0].unique(dim=0)) > 50
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 3, 3)
+    assert torch.equal(C.read_places(images, places[:, :2])[:, 0], torch.arange(5.0).repeat_interleave(2))
 
 
 def test_within_class_variance():
@@ -526,7 +555,15 @@ def test_zero_weight_has_no_effect_and_others_have(weight, function, monkeypatch
     assert same(off, distilled(pair(), **{weight: 0.0}))
 
 
-@pytest.mark.parametrize("change", [{"cend": False}, {"decoupled": False}, {"prior": "index"}, {"generator_width": 32},
+@pytest.mark.parametrize("teacher, student", [("wrn16_2", "resnet8"), ("resnet18", "vgg11"), ("resnet50", "wrn16_1")])
+def test_networks_of_other_widths_and_maps_go_together(teacher, student):
+    pair = C.build_model(teacher, 4).eval(), C.build_model(student, 4)
+    seen = []
+    C.distill(*pair, C.Config(**{**TINY, "cycles": 1, "image_size": 32}), on_cycle=lambda state, metrics: seen.append(metrics["cae"]))
+    assert math.isfinite(seen[0]) and seen[0] > 1
+
+
+@pytest.mark.parametrize("change", [{"places": 0}, {"cend": False}, {"decoupled": False}, {"prior": "index"}, {"generator_width": 32},
                                     {"magnitudes": (1.0,)}, {"magnitudes": (1.0,) * 8}])
 def test_every_switch_changes_the_run(change):
     assert not same(distilled(build_pair()), distilled(build_pair(), **change))
@@ -594,16 +631,16 @@ def test_the_students_step_grows_over_the_first_cycles_and_then_falls(pair):
 
 @pytest.mark.parametrize("tick", [0.02, 0.3])
 def test_a_time_budget_is_kept_to_a_step(pair, tick):
-    """`done` is read at each student step and between the first rounds; a run of any length ends when it says so."""
+    """`progress` is read at each student step and between the first rounds; a run of any length ends when it says so."""
     now, rates = [0.0], []
 
-    def done():
+    def progress():
         now[0] += tick
         return min(1.0, now[0])
 
     config = C.Config(**{**TINY, "kd_steps": 10**6, "warmup_rounds": 10**6, "cycles": 1})
-    C.distill(*pair, config, done=done, on_cycle=lambda s, m: rates.append((m["lr"], s.bank.pushed)))
-    assert 1 <= now[0] < 1 + 2 * tick and len(rates) == 1 and rates[0][1] <= 20 * (0.5 / tick + 3)
+    C.distill(*pair, config, progress=progress, on_cycle=lambda s, m: rates.append((m["lr"], s.bank.pushed)))
+    assert 1 <= now[0] < 1 + 4 * tick and len(rates) == 1 and rates[0][1] <= 20 * (0.5 / tick + 3)
 
 
 def test_more_classes_than_a_batch():
@@ -1106,7 +1143,7 @@ def test_two_processes_take_the_steps_of_one(workdir):
 
 
 TWO = """
-import hashlib, os, sys, cae_dfkd as C
+import hashlib, os, sys, time, cae_dfkd as C
 C.linear_probe = lambda *args: {"accuracy": 0.0}
 distill, record = C.distill, C.Recorder.__call__
 def told(*args):
@@ -1115,6 +1152,7 @@ def told(*args):
 def dies(self, state, metrics):
     record(self, state, metrics)
     if "DIE" in os.environ and state.cycle == 1 and C.rank() == 1:
+        time.sleep(1)                           # until process 0 has saved
         os._exit(9)
 C.distill, C.Recorder.__call__ = told, dies
 sys.exit(C.main())
@@ -1125,14 +1163,14 @@ def test_two_processes_end_alike_and_a_lost_one_can_be_resumed(workdir, monkeypa
     (workdir / "two.py").write_text(TWO)
     args = [*FAST, "--precision", "fp32", "--out"]
     monkeypatch.setenv("DIE", "1")
-    assert torchrun(2, "two.py", *args, "runs/cut", cwd=workdir).returncode != 0
+    assert torchrun(2, "two.py", *args, "runs/lost", cwd=workdir).returncode != 0
     monkeypatch.delenv("DIE")
-    assert tensors(workdir, "runs/cut/last.pt")["counters"][0] == 1
-    ends = [torchrun(2, "two.py", *words, cwd=workdir) for words in ([*args, "runs/two"], ["--resume", "--out", "runs/cut"])]
-    assert all(end.returncode == 0 for end in ends), ends[-1].stderr
+    assert tensors(workdir, "runs/lost/last.pt")["counters"][0] == 1
+    ends = [torchrun(2, "two.py", *words, cwd=workdir) for words in ([*args, "runs/two"], ["--resume", "--out", "runs/lost"])]
+    assert all(end.returncode == 0 for end in ends), ends[0].stderr + ends[1].stderr
     students = [re.findall(r"student (\d) (\w{64})", end.stdout) for end in ends]
     assert [len(s) for s in students] == [2, 2] and len({bits for s in students for _, bits in s}) == 1
-    assert cycles_logged(workdir / "runs/cut") == [1, 2]
+    assert cycles_logged(workdir / "runs/lost") == [1, 2]
 
 
 def test_torchrun_with_one_process_is_the_plain_run(workdir):

@@ -1,0 +1,115 @@
+"""A developer's tool: each step of a run against its floor, in turns, in one process.
+
+    python .github/benchmark.py --teacher-ckpt resnet20.th --dataset cifar10 [any flag of cae_dfkd.py]
+
+The floor is the bare forward and backward passes (and the student's optimiser step) over the same
+tensors in the same precision and memory layout. Prints a table of medians.
+"""
+import copy
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cae_dfkd as C
+
+
+def side_by_side(functions, device, repeats):
+    """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
+    times = {name: [] for name in functions}
+    wait = getattr(torch, device).synchronize
+    for i in range(3 + repeats):                                         # three warm up
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            times[name] += [1000 * (time.perf_counter() - start)] * (i >= 3)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def steps(teacher, student, config):
+    """The two steps of a run, a whole round, and their floors, to be timed."""
+    frozen, pupil = copy.deepcopy(student), copy.deepcopy(student)
+    C.set_training(frozen, False)
+    C.set_training(pupil, True)
+    a, b = C.State(teacher, frozen, config), C.State(teacher, pupil, config)
+    labels = torch.arange(config.synth_batch, device=a.bank.labels.device) % len(a.cend.embeddings)
+    e_hat, _ = a.cend(labels)
+    b.bank.push(a.generator(e_hat).detach(), labels)
+    ready = b.bank.sample(config.batch_size)[0]
+
+    def kd_step():
+        images, labels = b.bank.sample(config.batch_size)
+        C.student_step(b, teacher, C.augment(images), labels, config)
+
+    def kd_floor():
+        with C.autocast(ready, config):
+            with torch.no_grad():
+                teacher(ready)
+            loss = pupil(ready).float().mean()
+        b.student_optimizer.zero_grad()
+        loss.backward()
+        b.student_optimizer.step()
+
+    def synthesis_step():
+        C.generator_step(a, teacher, e_hat, labels, config)
+
+    def synthesis_floor():
+        with C.autocast(e_hat, config):
+            images = a.generator(e_hat)
+            loss = teacher(images).float().mean()
+            if config.lambda_adv:
+                loss = loss + frozen(images).float().mean()
+        a.generator_optimizer.zero_grad()
+        loss.backward()
+
+    return {"KD step": kd_step, "KD floor": kd_floor, "synthesis step": synthesis_step,
+            "synthesis floor": synthesis_floor,
+            "synthesis round": lambda: C.synthesis_round(a, teacher, config)}
+
+
+def main():
+    config = C.parse_args(sys.argv[1:])
+    _, names = C.load_data(config.dataset, "test", config.data_root, config.image_size)
+    if config.teacher_ckpt:
+        teacher = C.get_teacher(config, len(names), None, lambda *args: None)
+    else:                                                # an untrained one is as fast
+        net = C.build_model(config.teacher, len(names), config.image_size)
+        teacher = C.with_normalisation(net, *C.IMAGENET).eval().requires_grad_(False)
+    student = C.fresh_student(config, teacher, len(names))
+
+    def variant(**changes):
+        return steps(teacher, student, dataclasses.replace(config, **changes))
+
+    run, other = variant(), "fp32" if config.precision == "bf16" else "bf16"
+    timed = {name: run[name] for name in ("KD step", "KD floor", "synthesis step", "synthesis floor")}
+    rival = variant(precision=other)
+    timed |= {f"{name}, {other}": rival[name] for name in ("KD floor", "synthesis floor")}
+    plain = variant(lambda_cae=0.0, lambda_cncl=0.0)
+    timed["KD step, KD alone"] = plain["KD step"]
+    ms = side_by_side(timed, config.device, 40)
+    heavy = variant(generator_width=128, synth_steps=30)
+    ms |= side_by_side({"light": run["synthesis round"], "heavy, 30 steps": heavy["synthesis round"]},
+                       config.device, 3)
+    rows = {f"{name} step / its floor": ms[f"{name} step"] / ms[f"{name} floor"]
+            for name in ("KD", "synthesis")}
+    rows["images finished / s"] = 1000 * config.synth_batch / ms["light"]
+    rows["the same, heavy generator with 30 steps"] = 1000 * config.synth_batch / ms["heavy, 30 steps"]
+    rows["images consumed / s"] = 1000 * config.batch_size / ms["KD step"]
+    rows |= {f"{name}, ms": value for name, value in ms.items()}
+    rows["peak resident MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3)
+    print(f"{config.teacher} -> {config.student}, {config.device} {config.precision}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, value in rows.items():
+        print(f"| {name} | {value:.3g} |")
+
+
+if __name__ == "__main__":
+    main()
