@@ -513,11 +513,12 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     """
     name, size = f"{dataset_name(config.dataset)}_{config.teacher}", config.image_size
     path = own = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
-    address, sha, *_ = PUBLIC_TEACHERS.get((config.dataset, config.teacher), ("", ""))
+    public = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
     if config.teacher_ckpt:
-        path = Path(config.teacher_ckpt)
-    elif address and size == 32 and not (own.exists() or config.train_teacher):
-        path = own.with_stem(f"{name}-{sha}")            # torch.hub reads the digest off the name
+        path, public = Path(config.teacher_ckpt), None
+    elif public and not (own.exists() or config.train_teacher):
+        address, sha, *_ = public
+        path = own.with_stem(f"{name}-{sha or 'public'}")    # its digest: torch.hub checks it
         try:
             torch.hub.load_state_dict_from_url(address, str(own.parent), "cpu", True, bool(sha),
                                                path.name, weights_only=True)
@@ -529,12 +530,13 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
             config.teacher_epochs):
         status(f"training {config.teacher} for {config.teacher_epochs} epochs, into {own}", True)
         train_teacher(config, num_classes, train_data(), own, status)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-    default, source = NORMALISATION.get(config.dataset, IMAGENET), str(path)
-    for address, sha, stated, mean_std in PUBLIC_TEACHERS.values():
-        if sha and digest.startswith(sha):
-            default, source = mean_std, f"{path}, {address}, stated accuracy {stated or '?'} %"
-    status(f"teacher weights: {source}", True)
+    if path == own or config.teacher_ckpt:               # is it a public one after all?
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        public = next((row for row in PUBLIC_TEACHERS.values()
+                       if row[1] and digest.startswith(row[1])), None)
+    default = public[3] if public else NORMALISATION.get(config.dataset, IMAGENET)
+    status(f"teacher weights: {path}" + (
+        f", {public[0]}, stated accuracy {public[2] or '?'} %" if public else ""), True)
     return load_teacher(config.teacher, num_classes, path, config.mean, config.std, default,
                         size).to(config.device)
 
@@ -889,24 +891,24 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
     """One SGD step of student and h on eq. 10, for images (B, 3, H, W) -> its terms, detached."""
     l_cae = l_cncl = torch.zeros((), device=images.device)
     temperature = config.embedding_temperature
-    kinds = (nn.Linear, nn.AdaptiveAvgPool2d) if config.places else (nn.Linear,)
-    layers = [last_layer(net, kind) for kind in kinds for net in (teacher, state.student)]
-    with listen(*layers) as heard, autocast(images, config):
+    both = (teacher, state.student)
+    heads = [last_layer(net, nn.Linear) for net in both]             # what enters: f (B, D)
+    pools = [last_layer(net, nn.AdaptiveAvgPool2d) for net in both if config.places]  # (B, D, h, w)
+    with listen(*heads, *pools) as heard, autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
         s = state.student(images)
-        f_t, f_s, *maps = (heard[layer] for layer in layers)                        # (B, D)
-        z = state.projection(f_s)
-        labels = state.gather(labels)
-        if maps and config.lambda_cae:                   # some places in each image, drawn anew
+        f_t, f_s = (heard[head] for head in heads)
+        z, labels = state.projection(f_s), state.gather(labels)
+        if pools and config.lambda_cae:                  # some places in each image, drawn anew
             places = state.share(torch.rand(len(labels), config.places, 2, device=labels.device))
-            rows_t, rows_s = (read_places(m, places) for m in maps)                 # (B n, D)
+            rows_t, rows_s = (read_places(heard[pool], places) for pool in pools)   # (B n, D)
             z_places = state.gather(state.place_projection(rows_s))
     z, f_t = state.gather(z), state.gather(f_t)
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
     if config.lambda_cae:
         l_cae = category_aware_embedding_loss(z, f_t, labels, temperature)                  # eq. 8
-        if maps:
+        if pools:
             l_cae = l_cae + category_aware_embedding_loss(                          # at places
                 z_places, state.gather(rows_t), labels.repeat_interleave(config.places),
                 temperature)
@@ -943,9 +945,10 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
 
     Both take images in [0, 1] and sit on one device; the teacher stays bit-identical. prior (K, E):
     category embeddings in place of config.prior. state: of this student, to go on from. progress():
-    fraction of the run that is over, by default of config.cycles. on_cycle(state, metrics) follows
-    each cycle. config.real_kd: the images are those in state.bank. Returns the student, in eval
-    mode. Raises FloatingPointError with the name and cycle of a loss that is not finite.
+    fraction of the run that is over, by default of config.cycles (config.minutes is for `main`).
+    on_cycle(state, metrics) follows each cycle. config.real_kd: the images are those in state.bank.
+    Returns the student, in eval mode. Raises FloatingPointError with the name and cycle of a loss
+    that is not finite.
     """
     if teacher is student or state and state.student is not student:
         raise UserError("`student` must be the network in `state`, and another than the teacher")
@@ -1220,12 +1223,13 @@ def draw_scenes(n: int, seed: int, size: int = 96) -> list[tuple[Tensor, dict[st
     placed = np.zeros((n, 0, 3), np.float32)             # x, y, radius of what is there, in [-1, 1]
     targets = [{"boxes": [], "labels": []} for _ in range(n)]
     for i in range(4):
+        # One shape for each image at once: the first of 20 tries that is clear of those before it.
         radius, labels = uniform(9, 17) * 2 / size, rng.integers(len(names), size=n)
         places = (1 - 1.3 * radius[:, None, None]) * uniform(-1, 1, 20, 2)    # 20 tries; corners
         gaps = np.linalg.norm(places[:, :, None] - placed[:, None, :, :2], axis=-1)
         free = (gaps > 1.3 * (radius[:, None, None] + placed[:, None, :, 2])).all(2)
         there = free.any(1) & (i < wanted)
-        place = np.where(there[:, None], places[np.arange(n), free.argmax(1)], 9)    # 9: outside
+        place = np.where(there[:, None], places[np.arange(n), free.argmax(1)], 9)   # 9: far outside
         placed = np.concatenate([placed, np.column_stack([place, radius])[:, None]], 1)
         x, y, r = (v[:, None, None] for v in placed[:, -1].T)
         mask = shape_mask(labels, names, (xx - x) / r, (yy - y) / r, uniform(-0.35, 0.35, 1, 1))
@@ -1482,13 +1486,13 @@ class Recorder:
     def __init__(self, config: Config, state: State, test: Dataset, status: Status):
         self.config, self.state, self.test, self.status = config, state, test, status
         self.parts = [state, state.generator_optimizer, state.student_optimizer]
-        self.last, self.first, self.stopping = Path(config.out, "last.pt"), 0, False
+        self.last_pt, self.first_cycle, self.stopping = Path(config.out, "last.pt"), 0, False
         self.save_at, self.start = -math.inf, time.perf_counter()
         if config.resume:
-            saved = load_safely(self.last)
+            saved = load_safely(self.last_pt)
             restore(saved, self.parts, config.device)
             state.cycle, state.seconds, state.bank.pushed = saved["counters"]
-            self.first = state.cycle
+            self.first_cycle = state.cycle
 
     def save(self) -> None:
         """last.pt, from which a run goes on; saving takes 2 % of the time at most."""
@@ -1496,7 +1500,7 @@ class Recorder:
         counters = [state.cycle, state.seconds, state.bank.pushed]
         if rank() == 0:
             save_atomic(snapshot(self.parts, self.config.device) | {"counters": counters},
-                        self.last)
+                        self.last_pt)
         self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)
 
     def stop(self, number, frame) -> None:
@@ -1516,7 +1520,7 @@ class Recorder:
     def __call__(self, state: State, metrics: dict) -> None:
         """After each cycle; what this takes is not counted in state.seconds."""
         state.seconds += agreed(time.perf_counter() - self.start)
-        self.start, log = time.perf_counter(), self.last.with_name("metrics.jsonl")
+        self.start, log = time.perf_counter(), self.last_pt.with_name("metrics.jsonl")
         for buffer in state.student.buffers() if world() > 1 else ():
             dist.broadcast(buffer, 0)                    # BatchNorm statistics of process 0
         metrics |= {"seconds": state.seconds, "images": state.bank.pushed}
@@ -1524,11 +1528,11 @@ class Recorder:
             logits, _, labels = predict(state.student, self.test, self.config.device)
             metrics["accuracy"] = top1(logits, labels)
         if rank() == 0:
-            if state.cycle == self.first + 1:            # until now nothing was written
-                old = log.read_text().splitlines(keepends=True) if self.first else []
-                save_atomic("".join(old[:self.first]), log)      # the lines up to last.pt
+            if state.cycle == self.first_cycle + 1:            # until now nothing was written
+                old = log.read_text().splitlines(keepends=True) if self.first_cycle else []
+                save_atomic("".join(old[:self.first_cycle]), log)      # the lines up to last.pt
                 save_atomic(json.dumps(dataclasses.asdict(self.config), indent=1),
-                            self.last.with_name("config.json"))
+                            self.last_pt.with_name("config.json"))
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
         over = self.progress()
@@ -1536,13 +1540,26 @@ class Recorder:
         shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
         self.status(f"distilling: {over:.0%}, cycle {state.cycle}, {left:.1f} minutes left, "
                     + ", ".join(f"{k} {metrics[k]:.2f}" for k in shown),
-                    stay="accuracy" in metrics or state.cycle == self.first + 1)
+                    stay="accuracy" in metrics or state.cycle == self.first_cycle + 1)
         stopping, due = agreed((self.stopping, time.perf_counter() > self.save_at))
         if stopping or due:
             self.save()
         if stopping:
             raise KeyboardInterrupt
         self.start = time.perf_counter()
+
+def expected_minutes(teacher: nn.Module, config: Config) -> float:
+    """What a run by --cycles will take, from the time of a forward pass: rough, but told at once.
+
+    A step of either phase takes three to six times as long as its teacher's forward pass.
+    """
+    images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size)
+    for _ in range(2):                                   # the first one warms up
+        begin = time.perf_counter()
+        with torch.no_grad():
+            teacher(to_float(images, config.device)).sum().item()
+    steps = config.cycles * (config.synth_steps + config.kd_steps)
+    return 4 * steps * (time.perf_counter() - begin) / 60
 
 def choose_directory(config: Config) -> Path:
     """--out, which has to be free unless it is resumed; else the first free name in runs/."""
@@ -1571,6 +1588,9 @@ def run(config: Config) -> None:
     teacher = get_teacher(config, len(names), train, status)
     if rank() == 0:                                      # the others find what it left
         agreed("process 0 is ready")
+    if not config.minutes:
+        status(f"{config.cycles} cycles will take about {expected_minutes(teacher, config):.0f} "
+               f"minutes on this machine; --minutes N ends them after N", True)
     logits, _, labels = predict(teacher, test, config.device)
     known = top1(logits, labels)
     status(f"teacher {config.teacher}: {known:.2f} % on {len(test)} test images" + (
