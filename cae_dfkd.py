@@ -74,7 +74,7 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import datasets, transforms
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms
 from torchvision.utils import draw_bounding_boxes
 
 class UserError(ValueError):
@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None) -> Config:
         how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {"type": kind}
         parser.add_argument(flag_of(f.name), **how, **f.metadata["flag"],
                             help=f"{f.metadata['help']} (default: {f.default})")
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))                # only what was typed
     if given.get("resume"):
         last = Path(given.get("out", "runs"), "last.pt")
         if not last.is_file():
@@ -201,7 +201,7 @@ def parse_args(argv: list[str] | None) -> Config:
     device = given["device"] = (here or "cpu") if device == "auto" else device
     if device not in ("cpu", here):
         raise UserError(f"--device {device}: this machine has none")
-    preset = "shapes" if given.get("dataset", "shapes") == "shapes" else device
+    preset = "shapes" if given.get("dataset", "shapes") == "shapes" else device  # see PRESETS
     config = Config(**PRESETS.get(preset, {}) | given)
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.precision == "auto":                       # bf16 only where it is not emulated
@@ -395,7 +395,7 @@ def save_atomic(thing, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(thing) if isinstance(thing, str) else torch.save(thing, temporary)
-    os.replace(temporary, path)
+    os.replace(temporary, path)                          # atomic on one file system
 
 def random_sources(device: str) -> list:
     """The modules that hold the global random states: the CPU's, and beside it the device's."""
@@ -426,7 +426,7 @@ def augment(images: Tensor, pad: int = 4) -> Tensor:
     flip = torch.rand(b, 1, device=device) < 0.5
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     rows, columns = top + rows, left + torch.where(flip, w - 1 - columns, columns)  # (B, H), (B, W)
-    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)
+    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)  # pixels last
     image = torch.arange(b, device=device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -442,7 +442,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     net = build_model(config.teacher, num_classes, config.image_size)
     model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
     loader = batches(data, 128, shuffle=True, drop_last=len(data) > 128)
-    total, step = config.teacher_epochs * len(loader), 0
+    total, step = config.teacher_epochs * len(loader), 0  # steps
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
     parts, settings = [model, optimizer, schedule], [total, config.seed, config.precision]
@@ -450,7 +450,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
         restore(saved, parts, config.device)
         step = saved["step"]
-    begin, start = step, time.monotonic()
+    begin, start = step, time.monotonic()                # for the rate
     model.train()
     while step < total:
         for images, labels in loader:
@@ -1036,8 +1036,8 @@ def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str
     std, mean = torch.std_mean(x, 0)
     x, x_test = ((v - mean) / std.clamp_min(1e-6) for v in (x, x_test))
     k, tenth = int(y.max()) + 1, max(1, len(x) // 10)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    held, rest = order[:tenth], order[tenth:]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # fixed
+    held, rest = order[:tenth], order[tenth:]            # to choose L2 by, and to fit
 
     def score(l2: float) -> float:
         w, b = fit_logistic(x[rest], y[rest], k, l2)
@@ -1082,7 +1082,7 @@ def assign_locations(centres: Tensor, boxes: Tensor, labels: Tensor, k: int
         off = (centres - centre).abs() / (box[2:] - box[:2])                         # (L, 2)
         central = (off < 0.25).all(1)
         central[off.square().sum(1).argmin()] |= ~central.any()
-        category[(off < 0.5).all(1) & (category == k)] = -1
+        category[(off < 0.5).all(1) & (category == k)] = -1  # in the box
         category[central] = labels[i]
         sides[central] = torch.cat([centres - box[:2], box[2:] - centres], 1)[central].clamp_min(1)
     return category, sides
@@ -1101,7 +1101,7 @@ def average_precision(detections: list[tuple[Tensor, Tensor]], truths: list[Tens
             if hits[-1]:
                 overlap[:, row.argmax()] = 0
     hits = torch.tensor(hits, dtype=torch.double)[order]
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)  # after each detection
     precision = precision.flip(0).cummax(0).values.flip(0) if len(hits) else precision
     return 100 * (precision * hits).sum().item() / sum(map(len, truths))
 
@@ -1115,35 +1115,35 @@ def detection_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: 
     locations, seeded draws from all images. "detections": boxes, labels, scores. [our choice]
     """
     backbone.eval()
-    k = len(categories or torch.cat([t["labels"] for _, t in train]).unique())
+    k = len(categories) if categories else 1 + int(max(t["labels"].max() for _, t in train))
     rows, draw, each = [], torch.Generator().manual_seed(0), most // len(train) + 1
     for image, target in train:
         x, centres = dense_features(backbone, image, device)
         category, sides = assign_locations(centres, target["boxes"].to(device), target["labels"], k)
-        empty = (category == k).nonzero()[:, 0]
+        empty = (category == k).nonzero()[:, 0]          # background
         empty = empty[torch.randperm(len(empty), generator=draw)[:each].to(device)]
         keep = torch.cat([((category >= 0) & (category < k)).nonzero()[:, 0], empty])
-        rows.append((x[keep], category[keep], sides[keep]))
+        rows.append((x[keep], category[keep], sides[keep]))  # all of an image that is kept
     x, category, sides = (torch.cat(part) for part in zip(*rows))
     std, mean = torch.std_mean(x, 0)
-    x, objects = (x - mean) / std.clamp_min(1e-6), category < k
+    x, objects = (x - mean) / std.clamp_min(1e-6), category < k  # rows of objects, for the boxes
     w, b = fit_logistic(x, category, k + 1, 1e-3)
     v, c = fit_ridge(x[objects], sides[objects].log(), 1e-3)
     detections, targets = [], []
     for image, target in test:
         x, centres = dense_features(backbone, image, device)
         x = (x - mean) / std.clamp_min(1e-6)
-        scores, labels = (x @ w + b).softmax(1)[:, :k].max(1)
-        sides = (x @ v + c).exp()
+        scores, labels = (x @ w + b).softmax(1)[:, :k].max(1)  # best category but background
+        sides = (x @ v + c).exp()                        # (L, 4) pixels
         boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
         boxes = clip_boxes_to_image(boxes, image.shape[1:])
-        sure = (scores > 0.02).nonzero()[:, 0]
+        sure = (scores > 0.02).nonzero()[:, 0]           # the rest cannot matter
         best = sure[batched_nms(boxes[sure], scores[sure], labels[sure], 0.4)[:50]]
         detections.append(tuple(part[best].cpu() for part in (boxes, labels, scores)))
         targets.append(target)
     per_category = {}
     for i in range(k):
-        truths = [t["boxes"][t["labels"] == i] for t in targets]
+        truths = [t["boxes"][t["labels"] == i] for t in targets]  # (m, 4) for each image
         if any(map(len, truths)):                        # a category without test objects has none
             found = [(boxes[of == i], scores[of == i]) for boxes, of, scores in detections]
             per_category[categories[i] if categories else str(i)] = average_precision(found, truths)
@@ -1189,7 +1189,7 @@ def contrasting(fore: np.ndarray, back: np.ndarray) -> np.ndarray:
 def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
     """n images, uint8 (n, 3, size, size), and labels. Place, size, angle, colours, noise vary."""
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % len(names))
+    labels = rng.permutation(np.arange(n) % len(names))  # as many of each
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
@@ -1222,19 +1222,20 @@ def draw_scenes(n: int, seed: int, size: int = 96) -> list[tuple[Tensor, dict[st
     images = back + uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
     placed = np.zeros((n, 0, 3), np.float32)             # x, y, radius of what is there, in [-1, 1]
     targets = [{"boxes": [], "labels": []} for _ in range(n)]
-    for i in range(4):
-        # One shape for each image at once: the first of 20 tries that is clear of those before it.
+    for i in range(4):                                   # one more shape in each image at once, at
+        # the first of 20 places that is clear of the shapes before it
         radius, labels = uniform(9, 17) * 2 / size, rng.integers(len(names), size=n)
-        places = (1 - 1.3 * radius[:, None, None]) * uniform(-1, 1, 20, 2)    # 20 tries; corners
-        gaps = np.linalg.norm(places[:, :, None] - placed[:, None, :, :2], axis=-1)
-        free = (gaps > 1.3 * (radius[:, None, None] + placed[:, None, :, 2])).all(2)
-        there = free.any(1) & (i < wanted)
+        reach = 1.3 * radius[:, None, None]              # corners reach out of the radius
+        places = (1 - reach) * uniform(-1, 1, 20, 2)                                # (n, 20, 2)
+        gaps = np.linalg.norm(places[:, :, None] - placed[:, None, :, :2], axis=-1)     # (n, 20, i)
+        free = (gaps > reach + 1.3 * placed[:, None, :, 2]).all(2)                  # (n, 20)
+        there = free.any(1) & (i < wanted)               # else this image gets none
         place = np.where(there[:, None], places[np.arange(n), free.argmax(1)], 9)   # 9: far outside
         placed = np.concatenate([placed, np.column_stack([place, radius])[:, None]], 1)
         x, y, r = (v[:, None, None] for v in placed[:, -1].T)
         mask = shape_mask(labels, names, (xx - x) / r, (yy - y) / r, uniform(-0.35, 0.35, 1, 1))
         images = np.where(mask[:, None], contrasting(uniform(0, 1, 3, 1, 1), back), images)
-        for j in there.nonzero()[0]:
+        for j in there.nonzero()[0]:                     # tight boxes
             rows, columns = mask[j].any(1).nonzero()[0], mask[j].any(0).nonzero()[0]
             targets[j]["boxes"].append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
             targets[j]["labels"].append(labels[j])
@@ -1273,7 +1274,7 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
             folder = Path(dataset, split)
             folder = folder if split == "train" or folder.is_dir() else Path(dataset, "val")
             data = datasets.ImageFolder(str(folder), transform, loader=read_image)
-        names = getattr(data, "classes", None) or [str(k) for k in range(10)]
+        names = getattr(data, "classes", None) or [str(k) for k in range(10)]  # svhn: digits
         if len(data) * 3 * size * size <= 2 << 30:
             data = TensorDataset(*(torch.cat(part) for part in zip(*batches(data))))
         return data, names
@@ -1310,7 +1311,7 @@ def read_voc(root: Path, split: str, size: int) -> list[tuple[Tensor, Tensor, li
             tree = ElementTree.parse(root / f"Annotations/{name}.xml")
             objects = [o for o in tree.iter("object") if o.findtext("difficult") != "1"]
             image = read_image(str(root / f"JPEGImages/{name}.jpg"))
-            scale = size / max(image.size)
+            scale = size / max(image.size)               # longer side
             image = image.resize([max(1, round(side * scale)) for side in image.size])
             boxes = torch.tensor([[scale * float(o.findtext(f"bndbox/{side}")) for side in (
                 "xmin", "ymin", "xmax", "ymax")] for o in objects]).view(-1, 4)
@@ -1337,7 +1338,7 @@ def load_detection(config: Config) -> tuple[list, list, list[str]]:
                 raise UserError(f"cannot fetch VOC 2007 ({first_line(error)}): without a network, "
                                 f"put VOCdevkit/ into {config.data_root}/") from error
     splits = [read_voc(folder, split, config.detection_size) for split in ("trainval", "test")]
-    names = sorted({name for rows in splits for *_, of in rows for name in of})
+    names = sorted({name for rows in splits for *_, of in rows for name in of})  # of both splits
     train, test = ([(image, {"boxes": boxes, "labels": torch.tensor(
         [names.index(name) for name in of], dtype=torch.long)}) for image, boxes, of in rows]
         for rows in splits)
@@ -1355,7 +1356,7 @@ def rank() -> int:
 
 def agreed(thing):
     """Process 0's value, in all of them: clocks differ."""
-    box = [thing]
+    box = [thing]                                        # broadcast in place
     if world() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
@@ -1375,14 +1376,14 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
     """Before each step: the mean of the gradients over the processes."""
     for group in optimizer.param_groups:
         for gradient in (p.grad for p in group["params"] if p.grad is not None):
-            dist.all_reduce(gradient)
+            dist.all_reduce(gradient)                    # their sum
             gradient /= world()
 
 def connect(state: State) -> None:
     """Draws are the same in all processes, rows of a batch are shared out, losses see all rows."""
     warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)    # nothing public yet
-    state.share = lambda rows: rows.chunk(world())[rank()]
-    state.gather = lambda rows: torch.cat(all_gather(rows.contiguous()))
+    state.share = lambda rows: rows.chunk(world())[rank()]  # rows of this process
+    state.gather = lambda rows: torch.cat(all_gather(rows.contiguous()))  # with gradient
     state.matching.average = lambda x: all_reduce(x) / world()
     for optimizer in (state.generator_optimizer, state.student_optimizer):
         optimizer.register_step_pre_hook(average_gradients)
@@ -1412,13 +1413,15 @@ def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) 
     torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
 
 def save_detections(scenes: Dataset, found: list[list], path: Path, columns: int = 8) -> None:
-    """A row for each network: the first test images, with what it found at a score above 0.6."""
+    """A row for each network: the first test images with its best guesses, of a score above 0.5."""
     colours, tiles = ("yellow", "red", "cyan", "magenta", "lime", "white", "orange", "blue"), []
     for detections in found:
         for i, (boxes, labels, scores) in zip(range(columns), detections):
-            sure = scores > 0.6
-            image = draw_bounding_boxes(scenes[i][0], boxes[sure], width=1, colors=[
-                colours[k % len(colours)] for k in labels[sure].tolist()] or "red")
+            image, best = scenes[i][0], nms(boxes, scores, 0.1)          # of all categories
+            best = best[scores[best] > 0.5]
+            if len(best):
+                image = draw_bounding_boxes(image, boxes[best], width=1, colors=[
+                    colours[k % len(colours)] for k in labels[best].tolist()])
             tiles.append(transforms.functional.resize(image, [192, 192]) / 255)
     torchvision.utils.save_image(torch.stack(tiles), path, nrow=columns)
 
@@ -1485,7 +1488,7 @@ class Recorder:
 
     def __init__(self, config: Config, state: State, test: Dataset, status: Status):
         self.config, self.state, self.test, self.status = config, state, test, status
-        self.parts = [state, state.generator_optimizer, state.student_optimizer]
+        self.parts = [state, state.generator_optimizer, state.student_optimizer]  # what is saved
         self.last_pt, self.first_cycle, self.stopping = Path(config.out, "last.pt"), 0, False
         self.save_at, self.start = -math.inf, time.perf_counter()
         if config.resume:
@@ -1497,7 +1500,7 @@ class Recorder:
     def save(self) -> None:
         """last.pt, from which a run goes on; saving takes 2 % of the time at most."""
         begin, state = time.perf_counter(), self.state
-        counters = [state.cycle, state.seconds, state.bank.pushed]
+        counters = [state.cycle, state.seconds, state.bank.pushed]  # no tensors
         if rank() == 0:
             save_atomic(snapshot(self.parts, self.config.device) | {"counters": counters},
                         self.last_pt)
@@ -1535,7 +1538,7 @@ class Recorder:
                             self.last_pt.with_name("config.json"))
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        over = self.progress()
+        over = self.progress()                           # at least one cycle of it
         left = state.seconds / 60 * (1 / over - 1)
         shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
         self.status(f"distilling: {over:.0%}, cycle {state.cycle}, {left:.1f} minutes left, "
@@ -1584,7 +1587,7 @@ def run(config: Config) -> None:
         agreed("process 0 is ready")
     test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
     train = functools.cache(lambda: load_splits(config.dataset, config)[0])
-    tasks = load_tasks(config)
+    tasks = load_tasks(config)                           # wrong ones fail before any work
     teacher = get_teacher(config, len(names), train, status)
     if rank() == 0:                                      # the others find what it left
         agreed("process 0 is ready")
@@ -1607,7 +1610,7 @@ def run(config: Config) -> None:
     sizes = [sum(p.numel() for p in m.parameters()) for m in (student, state.generator)]
     status(f"student {config.student} of {sizes[0]:,} weights, generator of {sizes[1]:,}, "
            f"{config.device} {config.precision}, torch {torch.__version__}, in {config.out}", True)
-    recorder = Recorder(config, state, test, status)
+    recorder = Recorder(config, state, test, status)     # --resume: loads last.pt
     before = [signal.signal(number, recorder.stop) for number in (signal.SIGINT, signal.SIGTERM)]
     distill(teacher, student, config, None, state, recorder.progress, recorder)
     signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])

@@ -1340,3 +1340,9 @@ def test_readme_python_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
+
+def test_readme_leads_from_every_equation_to_its_lines():
+    rows = re.findall(r"^\| (\d+) \|.*\[`(\w+)`\]\(cae_dfkd\.py#L(\d+)\) \|$", README, re.M)
+    assert [int(row[0]) for row in rows] == list(range(1, 11)) and len(README.splitlines()) <= 180
+    for _, name, line in rows:
+        assert re.match(rf"(def|class) {name}\b", SOURCE.splitlines()[int(line) - 1]), f"{name} is not at line {line}"
