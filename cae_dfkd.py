@@ -191,11 +191,11 @@ def parse_args(argv: list[str] | None) -> Config:
         last = Path(given.get("out", "runs"), "last.pt")
         if not last.is_file():
             raise UserError(f"nothing to resume: there is no {last}")
-        stored = json.loads(last.with_name("config.json").read_text())
-        for name in given.keys() - FREE_ON_RESUME:
-            if given[name] != stored[name]:
+        stored = json.loads(last.with_name("config.json").read_text())  # every setting of the run
+        for name in given.keys() - FREE_ON_RESUME:       # those typed now
+            if given[name] != stored[name]:              # the same again is fine
                 raise UserError(f"a resumed run keeps its settings; {flag_of(name)} would change")
-        given = stored | given
+        given = stored | given                           # so that no preset changes any
     here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
     device = given.get("device", "auto")
     device = given["device"] = (here or "cpu") if device == "auto" else device
@@ -280,7 +280,7 @@ def cifar_vgg11(num_classes: int, image_size: int) -> nn.Sequential:
         for out in outs:
             layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
             width = out
-        blocks[f"block{i}"] = nn.Sequential(*layers)
+        blocks[f"block{i}"] = nn.Sequential(*layers)     # keys block{i}.{j} in files
         if i < (3 if image_size < 64 else 4):            # as many poolings as in the public code
             blocks[f"pool{i}"] = nn.MaxPool2d(2)
     return named(**blocks, avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
@@ -392,7 +392,7 @@ def export(model: nn.Sequential, arch: str, **more) -> dict:
 
 def save_atomic(thing, path: Path) -> None:
     """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)       # made when first needed
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(thing) if isinstance(thing, str) else torch.save(thing, temporary)
     os.replace(temporary, path)                          # atomic on one file system
@@ -427,7 +427,7 @@ def augment(images: Tensor, pad: int = 4) -> Tensor:
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     rows, columns = top + rows, left + torch.where(flip, w - 1 - columns, columns)  # (B, H), (B, W)
     padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)  # pixels last
-    image = torch.arange(b, device=device)[:, None, None]
+    image = torch.arange(b, device=device)[:, None, None]  # (B, 1, 1)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, status: Callable
@@ -449,7 +449,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
         restore(saved, parts, config.device)
-        step = saved["step"]
+        step = saved["step"]                             # always the end of an epoch
     begin, start = step, time.monotonic()                # for the rate
     model.train()
     while step < total:
@@ -515,7 +515,7 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     path = own = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
     public = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
     if config.teacher_ckpt:
-        path, public = Path(config.teacher_ckpt), None
+        path, public = Path(config.teacher_ckpt), None   # known by its digest, if at all
     elif public and not (own.exists() or config.train_teacher):
         address, sha, *_ = public
         path = own.with_stem(f"{name}-{sha or 'public'}")    # its digest: torch.hub checks it
@@ -803,7 +803,7 @@ class State(nn.Module):
         rows = last_layer(teacher, nn.Linear).weight.detach()                       # (K, D)
         if prior is None:
             prior = torch.eye(len(rows)) if config.prior == "index" else rows
-        prior = prior.detach().float().to(rows.device)
+        prior = prior.detach().float().to(rows.device)   # (K, E)
         if prior.ndim != 2 or len(prior) != len(rows) or not (
                 0 < (prior - prior.mean(0)).square().sum() < math.inf):
             raise UserError(f"--prior is {tuple(prior.shape)}; it must be finite, not all alike "
@@ -816,8 +816,8 @@ class State(nn.Module):
         # Coupled training learns from one fresh batch at a time: the bank holds no more.
         self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
                                config.image_size)
-        self.to(rows.device)
-        self.generator.to(memory_format=torch.channels_last)
+        self.to(rows.device)                             # the teacher is there already
+        self.generator.to(memory_format=torch.channels_last)  # as the teacher
         self.matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity())
         if config.lambda_fm and not self.matching.layers:
             warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
@@ -843,7 +843,7 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
     with state.matching, autocast(e_hat, config):
         images = state.generator(e_hat)                                             # eq. 2
         t = teacher(images)
-        s = state.student(images) if config.lambda_adv else None
+        s = state.student(images) if config.lambda_adv else None  # in eval mode, frozen
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
     if state.matching.layers:
         l_fm = state.matching.loss()                                                # eq. 4
@@ -852,7 +852,7 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
     loss = l_ce + config.lambda_fm * l_fm + config.lambda_adv * l_adv               # eq. 6
     state.generator_optimizer.zero_grad()
     loss.backward()
-    state.generator_optimizer.step()
+    state.generator_optimizer.step()                     # G only: T and S are frozen
     terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
     return images.detach(), loss.detach(), terms
 
@@ -862,7 +862,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     Returns the loss terms of the last step, and two things to look at when a student does not
     learn: the variance of the new images within a category, and how many the teacher recognises.
     """
-    set_training(state.student, False)
+    set_training(state.student, False)                   # eval: no statistics change
     e = state.cend.embeddings
     # As many images of each category as of the others. The draw is held for the round, since a few
     # steps can fit the images of one draw but not a map from all noise.              [our choice]
@@ -874,13 +874,13 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
         # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
         # learnt to draw for this teacher, stays.
         state.generator.seed_layer.reset_parameters()
-        state.generator_optimizer.state.clear()
+        state.generator_optimizer.state.clear()          # Adam
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
     for _ in range(config.synth_steps if config.decoupled else 1):
         images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
         best = torch.where(loss < lowest, images, best)  # of the step with the lowest L_G, as NAYER
         lowest = torch.fmin(loss, lowest)                # fmin and < pass over a loss that is NaN
-    state.bank.push(state.gather(best), all_labels)
+    state.bank.push(state.gather(best), all_labels)      # as uint8, as a picture file has
     with torch.no_grad(), autocast(best, config):
         t, f = forward_with_embedding(teacher, best)
     return terms | {"variance": within_class_variance(f.float(), labels),
@@ -897,7 +897,7 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
     with listen(*heads, *pools) as heard, autocast(images, config):
         with torch.no_grad():
             t = teacher(images)
-        s = state.student(images)
+        s = state.student(images)                        # train mode: its BatchNorm learns
         f_t, f_s = (heard[head] for head in heads)
         z, labels = state.projection(f_s), state.gather(labels)
         if pools and config.lambda_cae:                  # some places in each image, drawn anew
@@ -956,7 +956,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         torch.manual_seed(config.seed)
         state = State(teacher, student, config, prior)
     progress = progress or (lambda: state.cycle / config.cycles)
-    set_training(teacher, False)
+    set_training(teacher, False)                         # eval, no gradient to its weights
     # Coupled training, an ablation: one generator step and one student step in turns.
     turns = 1 if config.decoupled else config.kd_steps
     while (over := progress()) < 1:
@@ -977,7 +977,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
             terms |= distillation_phase(state, teacher, config, progress)           # phase B
             if progress() >= 1:
                 break
-        state.cycle += 1
+        state.cycle += 1                                 # first, since on_cycle may save it
         # One transfer per cycle: reading a number earlier would make a GPU wait at each step.
         numbers = torch.stack([term.float() for term in terms.values()]).tolist()
         metrics = {"cycle": state.cycle, "lr": lr, **dict(zip(terms, numbers))}
@@ -985,7 +985,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
             raise FloatingPointError(f"not finite in cycle {state.cycle}: {', '.join(broken)}; "
                                      f"lower --student-lr or --generator-lr")
         if on_cycle:
-            on_cycle(state, metrics)
+            on_cycle(state, metrics)                     # may raise, to stop
     return student.eval()
 
 # ===== 6. Evaluation, on real data: accuracy, linear probe, detection probe =======================
@@ -1008,7 +1008,7 @@ def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tenso
 
 def top1(scores: Tensor, labels: Tensor) -> float:
     """Percentage of rows of scores (N, K) whose largest entry is at labels (N,)."""
-    return 100 * (scores.argmax(1) == labels).float().mean().item()
+    return 100 * (scores.argmax(1) == labels).float().mean().item()  # a device waits here
 
 def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by full-batch L-BFGS: weights (D, k) under L2, bias (k,)."""
@@ -1051,7 +1051,7 @@ def fit_ridge(x: Tensor, y: Tensor, l2: float) -> tuple[Tensor, Tensor]:
     """Ridge regression in closed form: weights (D, M) under L2, bias (M,)."""
     mx, my = x.mean(0), y.mean(0)
     gram = (x - mx).T @ (x - mx) / len(x) + l2 * torch.eye(x.shape[1], device=x.device)
-    w = torch.linalg.solve(gram, (x - mx).T @ (y - my) / len(x))
+    w = torch.linalg.solve(gram, (x - mx).T @ (y - my) / len(x))  # (D, M)
     return w, my - mx @ w
 
 def dense_features(backbone: nn.Module, image: Tensor, device: str) -> tuple[Tensor, Tensor]:
@@ -1061,7 +1061,7 @@ def dense_features(backbone: nn.Module, image: Tensor, device: str) -> tuple[Ten
     """
     pool = last_layer(backbone, nn.AdaptiveAvgPool2d)
     with torch.no_grad(), listen(pool) as heard:
-        backbone(to_float(image[None], device))
+        backbone(to_float(image[None], device))          # one image: sizes may differ
     features = heard[pool][0].float()                                               # (D, h, w)
     y, x = ((torch.arange(n, device=device) + 0.5) * pixels / n
             for n, pixels in zip(features.shape[1:], image.shape[1:]))
@@ -1408,7 +1408,7 @@ def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) 
     images, labels, columns = bank.images.cpu(), bank.labels.cpu(), min(num_classes, 100)
     grid = torch.zeros(rows, columns, *images.shape[1:])
     for k in range(columns):
-        i = newest[labels[newest] == k][:rows]
+        i = newest[labels[newest] == k][:rows]           # of category k, newest first
         grid[:len(i), k] = images[i] / 255
     torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
 
@@ -1504,7 +1504,7 @@ class Recorder:
         if rank() == 0:
             save_atomic(snapshot(self.parts, self.config.device) | {"counters": counters},
                         self.last_pt)
-        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)
+        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)  # hence 2 %
 
     def stop(self, number, frame) -> None:
         """Ctrl-C and SIGTERM: end after this cycle, saved; the second time end at once."""
@@ -1536,7 +1536,7 @@ class Recorder:
                 save_atomic("".join(old[:self.first_cycle]), log)      # the lines up to last.pt
                 save_atomic(json.dumps(dataclasses.asdict(self.config), indent=1),
                             self.last_pt.with_name("config.json"))
-            with log.open("a") as file:
+            with log.open("a") as file:                  # resuming cuts it to last.pt
                 file.write(json.dumps(metrics) + "\n")
         over = self.progress()                           # at least one cycle of it
         left = state.seconds / 60 * (1 / over - 1)
@@ -1544,7 +1544,7 @@ class Recorder:
         self.status(f"distilling: {over:.0%}, cycle {state.cycle}, {left:.1f} minutes left, "
                     + ", ".join(f"{k} {metrics[k]:.2f}" for k in shown),
                     stay="accuracy" in metrics or state.cycle == self.first_cycle + 1)
-        stopping, due = agreed((self.stopping, time.perf_counter() > self.save_at))
+        stopping, due = agreed((self.stopping, time.perf_counter() > self.save_at))  # by process 0
         if stopping or due:
             self.save()
         if stopping:
@@ -1581,7 +1581,7 @@ def run(config: Config) -> None:
     status, prior = Status(), read_prior(config.prior)
     if config.eval_only is not None:
         return evaluate_only(config, status)
-    config.out = agreed(str(choose_directory(config)))
+    config.out = agreed(str(choose_directory(config)))   # into config.json, too
     torch.manual_seed(config.seed)
     if rank() > 0:                                       # process 0 downloads and trains first
         agreed("process 0 is ready")
@@ -1600,7 +1600,7 @@ def run(config: Config) -> None:
         "; next to nothing: are --mean, --std and the order of the classes its own?"
         if known < 5 + 100 / len(names) else ""), True)
     config.bank_capacity = len(train()) if config.real_kd else config.bank_capacity
-    student = fresh_student(config, teacher, len(names))
+    student = fresh_student(config, teacher, len(names))  # from the seed, whatever was drawn
     state = State(teacher, student, config, prior)
     if config.real_kd:
         for images, labels in batches(train(), generator=torch.Generator()):
@@ -1614,7 +1614,7 @@ def run(config: Config) -> None:
     before = [signal.signal(number, recorder.stop) for number in (signal.SIGINT, signal.SIGTERM)]
     distill(teacher, student, config, None, state, recorder.progress, recorder)
     signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
-    recorder.save()
+    recorder.save()                                      # the last state, not the best
     if rank() == 0:
         out, images = Path(config.out), 0 if config.real_kd else state.bank.pushed
         save_samples(state.bank, len(names), out / "samples.png")
@@ -1636,18 +1636,18 @@ def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
     config = None
     try:
-        config = parse_args(argv)
+        config = parse_args(argv)                        # no file is written before `run`
         with contextlib.suppress(OSError, AttributeError, TypeError):    # another C library
             # glibc, M_MMAP_MAX and M_TRIM_THRESHOLD: keep freed blocks. To fetch zeroed pages at
             # each step costs 10 to 50 % of the time.
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
         torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
-        join_processes(config)
+        join_processes(config)                           # see section 8
         run(config)
         return 0
     except SystemExit as stop:                           # --help, or a flag that argparse refuses
-        return stop.code
+        return stop.code                                 # 0 or 2
     except KeyboardInterrupt:
         saved = config and config.out and Path(config.out, "last.pt").exists()
         print("\ninterrupted; " + (f"go on with --resume --out {config.out}" if saved else
@@ -1657,7 +1657,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if config and config.debug:
+        if config and config.debug:                      # the traceback says where
             raise
         known = isinstance(error, (UserError, FloatingPointError))
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
