@@ -662,6 +662,14 @@ def test_scenes_are_seeded_and_boxes_are_inside_and_apart(scenes):
         overlap = C.box_iou(boxes, boxes) - torch.eye(len(boxes))
         assert overlap.max() < 0.1
 
+def test_boxes_are_tight_around_the_shapes(monkeypatch):
+    masks, real = [], C.shape_mask
+    monkeypatch.setattr(C, "shape_mask", lambda *args: masks.append(real(*args)) or masks[-1])
+    for j, (_, target) in enumerate(C.draw_scenes(8, 5)):
+        pixels = [sorted(zip(*m[j].nonzero())) for m in masks if m[j].any()]
+        tight = [[min(x for _, x in p), min(y for y, _ in p), 1 + max(x for _, x in p), 1 + max(y for y, _ in p)] for p in pixels]
+        assert target["boxes"].tolist() == tight
+
 def test_locations_learn_the_box_in_whose_central_half_they_lie():
     places = torch.cartesian_prod(torch.arange(4.0, 64, 8), torch.arange(4.0, 64, 8)).flip(1)  # 8 x 8 of 8 pixels
     boxes = torch.tensor([[0.0, 0, 32, 32], [8, 8, 16, 16], [49, 49, 51, 51.5]])
