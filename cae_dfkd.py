@@ -765,10 +765,11 @@ def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
 
     The same places name the same part of an image in maps of any resolution.
     """
-    (b, d, h, w), (y, x) = feature_map.shape, places.unbind(2)
-    cell = (y * h).long() * w + (x * w).long()                                      # (B, n)
-    rows = feature_map.flatten(2).transpose(1, 2)                                   # (B, h w, D)
-    return rows.gather(1, cell[:, :, None].expand(-1, -1, d)).flatten(0, 1)
+    (b, _, h, w), (y, x) = feature_map.shape, places.unbind(2)
+    image = torch.arange(b, device=places.device)[:, None]
+    cell = (image * h + (y * h).long()) * w + (x * w).long()                        # (B, n)
+    # Of a channels-last map neither the rows nor their gradient is a copy in another layout.
+    return feature_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell.flatten())
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """Eq. 9, CNCL: rows of one category attract, whatever their noise; other categories repel.
@@ -1638,16 +1639,18 @@ def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
+def keep_freed_memory() -> None:
+    """glibc: fetching zeroed pages from the system anew at each step takes time."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)         # M_MMAP_MAX, M_TRIM_THRESHOLD
+
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
     config = None
     try:
         config = parse_args(argv)                        # no file is written before `run`
-        with contextlib.suppress(OSError, AttributeError, TypeError):    # another C library
-            # glibc, M_MMAP_MAX and M_TRIM_THRESHOLD: keep freed blocks, since fetching zeroed pages
-            # from the system at each step takes time.
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
+        keep_freed_memory()
         torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
         join_processes(config)                           # see section 8
         run(config)

@@ -76,6 +76,7 @@ def steps(teacher, student, config):
 
 def main():
     config = C.parse_args(sys.argv[1:])
+    C.keep_freed_memory()                                # as a run does
     _, names = C.load_data(config.dataset, "test", config.data_root, config.image_size)
     if config.teacher_ckpt:
         teacher = C.get_teacher(config, len(names), None, lambda *args: None)
