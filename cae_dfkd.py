@@ -51,16 +51,13 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
 import warnings
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,13 +69,25 @@ import torchvision
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather, all_reduce
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import datasets, transforms
+from torchvision import datasets, ops, transforms
 from torchvision.models.resnet import BasicBlock
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms
-from torchvision.utils import draw_bounding_boxes
 
 class UserError(ValueError):
     """Something the user can mend: `main` prints its one line and exits with code 2."""
+
+@contextlib.contextmanager
+def explain(what: str):
+    """What a library raises inside becomes a UserError: `what`, then the library's own words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} ({one_line(error)})") from error
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return f"{' '.join(str(error).split()) or type(error).__name__:.300}"
 
 # ===== 1. Settings: the one place where defaults live; the command line is made from it ===========
 
@@ -87,9 +96,10 @@ ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "res
 
 def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
     """A field of `Config`: help text, range of a number, further keywords of its argparse flag."""
-    return field(default=default, metadata=dict(help=text, range=(low, high), flag=flag))
+    more = dict(help=text, range=(low, high), flag=flag)
+    return dataclasses.field(default=default, metadata=more)
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every setting of a run. The defaults are the CPU recipe; all numbers are [our choice].
 
@@ -103,14 +113,14 @@ class Config:
     image_size: int = setting(32, "pixels", 8, 1024, choices=(32, 64, 128, 224))
     cycles: int = setting(150, "cycles of synthesis and distillation")
     minutes: float | None = setting(None, "time for both phases, in place of --cycles")
-    seed: int = setting(0, "seed of everything random", 0, 2**63 - 1)
+    seed: int = setting(0, "seed of everything random", 0, 1e12)
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = setting("auto", "of the networks", choices=("auto", "fp32", "bf16"))
-    out: str | None = setting(None, "run directory; else a free one in runs/")
+    out: str | None = setting(None, "run directory (default: a new one in runs/)")
     resume: bool = setting(False, "go on from last.pt in the run directory --out")
     eval_only: str | None = setting(None, "score this student.pt and stop")
     eval_every: int = setting(25, "cycles between evaluations on the test split")
-    probe_dataset: str | None = setting(None, "data set of the linear probe, as --dataset")
+    probe_dataset: str = setting("shapes-unseen", "data set of the linear probe, as --dataset")
     detection: bool = setting(True, "score by the detection probe too")
     detection_dataset: str = setting("scenes", "scenes (drawn), voc2007, or a folder in its layout")
     detection_size: int = setting(224, "longer side of its photographs in pixels", 32)
@@ -144,17 +154,13 @@ class Config:
     kd_temperature: float = setting(20.0, "temperature τ of eq. 7")             # 4 costs 2
     lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)     # 0: README
     lambda_cncl: float = setting(0.1, "weight of the contrastive term, eq. 9", 0)
-    embedding_temperature: float = setting(0.1, "temperature τ of eq. 8 and 9")
     places: int = setting(4, "per image, where eq. 8 compares feature maps; 0: nowhere", 0, 4096)
     real_kd: bool = setting(False, "for comparison, not data-free: the bank holds real images")
 
     def __post_init__(self):
-        """Raise UserError, which names the flag, for a value of a wrong type or out of range."""
+        """Raise UserError, which names the flag, for a number out of range."""
         for f in dataclasses.fields(self):
             (low, high), value = f.metadata["range"], getattr(self, f.name)
-            kind = {"int": int, "float": (int, float), "bool": bool}.get(f.type, object)
-            if not isinstance(value, kind):
-                raise UserError(f"{flag_of(f.name)} {value!r} is no {f.type}")
             for number in value if isinstance(value, (tuple, list)) else [value]:
                 if type(number) in (int, float) and not low <= number <= high:
                     raise UserError(f"{flag_of(f.name)} {number} is not in {low:g} to {high:g}")
@@ -166,7 +172,7 @@ class Config:
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
     "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0,
-                   student_lr=0.1, probe_dataset="shapes-unseen"),
+                   student_lr=0.1),
     # Not run yet: the recipe that was measured on CPUs, for ten times as long.
     "cuda": dict(cycles=1500, bank_capacity=100_000, teacher_epochs=200, eval_every=100),
 }
@@ -193,17 +199,15 @@ def parse_args(argv: list[str] | None) -> Config:
         last = Path(given.get("out", "runs"), "last.pt")
         if not last.is_file():
             raise UserError(f"nothing to resume: there is no {last}")
-        stored = json.loads(last.with_name("config.json").read_text())  # every setting of the run
-        for name in given.keys() - FREE_ON_RESUME:       # those typed now
-            if given[name] != stored[name]:              # the same again is fine
-                raise UserError(f"a resumed run keeps its settings; {flag_of(name)} would change")
-        given = stored | given                           # so that no preset changes any
+        for name in given.keys() - FREE_ON_RESUME:
+            raise UserError(f"a resumed run keeps its settings; leave out {flag_of(name)}")
+        given = json.loads(last.with_name("config.json").read_text()) | given    # all are there
     here = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
     device = given.get("device", "auto")
     device = given["device"] = (here or "cpu") if device == "auto" else device
     if device not in ("cpu", here):
         raise UserError(f"--device {device}: this machine has none")
-    preset = "shapes" if given.get("dataset", "shapes") == "shapes" else device  # see PRESETS
+    preset = "shapes" if given.get("dataset", "shapes") == "shapes" else device
     config = Config(**PRESETS.get(preset, {}) | given)
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.precision == "auto":                       # bf16 only where it is not emulated
@@ -307,20 +311,18 @@ def build_model(arch: str, num_classes: int, image_size=32, projection=False) ->
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     return model
 
-class Normalize(nn.Module):
-    """Images in [0, 1] -> what the network was trained on. No part of the state dict."""
+class Normalized(nn.Module):
+    """A network that takes images in [0, 1]: it normalises them to what `net` was trained on."""
 
-    def __init__(self, mean, std):
+    def __init__(self, net: nn.Module, mean, std):
         super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean).float().view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std).float().view(3, 1, 1), persistent=False)
+        self.net = net.to(memory_format=torch.channels_last)             # the faster layout
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value).float().view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)          # no part of the state dict
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
-
-def with_normalisation(net: nn.Module, mean, std) -> nn.Sequential:
-    """Network that takes images in [0, 1]; convolutions run channels last, the faster layout."""
-    return named(normalize=Normalize(mean, std), net=net).to(memory_format=torch.channels_last)
+        return self.net((x - self.mean) / self.std)
 
 def last_layer(model: nn.Module, kind: type) -> nn.Module:
     """The last layer of a kind, in the order of definition; raises UserError if there is none."""
@@ -347,32 +349,24 @@ def forward_with_embedding(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]
     with listen(classifier) as heard:
         return model(x), heard[classifier]
 
-def load_safely(path: str | Path):
+def load_safely(path: str | Path) -> dict:
     """torch.load of tensors and plain types only: nothing in the file is ever executed."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
-    try:
+    with explain(f"{path} is damaged, or no file of plain tensors; of a module save state_dict()"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                           # whatever a broken or hostile file raises
-        raise UserError(f"{path} is damaged, or no file of plain tensors; of a pickled module save "
-                        f"the state_dict()") from error
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A weights file -> {"state_dict": tensors by name, more}; a bare state dict will do."""
-    stored = load_safely(path)
-    return stored if isinstance(stored, dict) and "state_dict" in stored else {"state_dict": stored}
 
 def load_teacher(arch: str, num_classes: int, path: str | Path, mean=None, std=None,
-                 default=((0, 0, 0), (1, 1, 1)), image_size: int = 32) -> nn.Sequential:
+                 default=((0, 0, 0), (1, 1, 1)), image_size: int = 32) -> Normalized:
     """A public checkpoint -> frozen network in eval mode that takes images in [0, 1].
 
     Strips `module.`, maps head names linear / fc / classifier and shortcut / downsample, then loads
     strictly. Normalisation: mean and std, else what the file stores, else `default`.
     Raises UserError with the keys that are missing or unexpected, or with shapes that differ.
     """
-    stored, head, state = read_checkpoint(path), "classifier" if arch == "vgg11" else "fc", {}
-    try:
-        for key, value in stored["state_dict"].items():
+    stored, head, state = load_safely(path), "classifier" if arch == "vgg11" else "fc", {}
+    with explain(f"{path} is no {arch} with {num_classes} classes"):
+        for key, value in stored.get("state_dict", stored).items():
             key = key.removeprefix("module.").replace(".shortcut.", ".downsample.")
             first, _, rest = key.partition(".")
             state[f"{head}.{rest}" if first in ("linear", "fc", "classifier") else key] = value
@@ -381,39 +375,23 @@ def load_teacher(arch: str, num_classes: int, path: str | Path, mean=None, std=N
         net.load_state_dict(counters | state)            # old files lack these counters
         if mean is None:
             mean, std = (stored.get(key, other) for key, other in zip(("mean", "std"), default))
-        return with_normalisation(net, mean, std).eval().requires_grad_(False)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no {arch} with {num_classes} classes: "
-                        f"{' '.join(str(error).split()):.300}") from error
+        return Normalized(net, mean, std).eval().requires_grad_(False)
 
-def export(model: nn.Sequential, arch: str, **more) -> dict:
+def export(model: Normalized, arch: str, **more) -> dict:
     """Weights, architecture, normalisation, all on the CPU: a file that `load_teacher` reads."""
     return {"state_dict": {k: v.cpu() for k, v in model.net.state_dict().items()}, "arch": arch,
-            "mean": model.normalize.mean.flatten().tolist(),
-            "std": model.normalize.std.flatten().tolist(), **more}
+            "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), **more}
 
 def save_atomic(thing, path: Path) -> None:
     """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
     path.parent.mkdir(parents=True, exist_ok=True)       # made when first needed
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(thing) if isinstance(thing, str) else torch.save(thing, temporary)
-    os.replace(temporary, path)                          # atomic on one file system
+    temporary.replace(path)                              # atomic on one file system
 
-def random_sources(device: str) -> list:
-    """The modules that hold the global random states: the CPU's, and beside it the device's."""
-    return [torch] if device == "cpu" else [torch, getattr(torch, device)]
-
-def snapshot(parts: list, device: str) -> dict:
-    """State dicts of networks and optimisers, and the global random states."""
-    return {"parts": [part.state_dict() for part in parts],
-            "random": [source.get_rng_state() for source in random_sources(device)]}
-
-def restore(saved: dict, parts: list, device: str) -> None:
-    """The inverse of `snapshot`."""
-    for part, state in zip(parts, saved["parts"], strict=True):
-        part.load_state_dict(state)
-    for source, state in zip(random_sources(device), saved["random"]):
-        source.set_rng_state(state)
+def seed_for(config: Config, i: int) -> None:
+    """Seed what is random in cycle or epoch i: a resumed run draws what the unbroken one drew."""
+    torch.manual_seed(1_000_003 * config.seed + i)       # of all devices
 
 def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     """uint8 (or float) images -> float32 in [0, 1] on the device, channels last."""
@@ -428,8 +406,8 @@ def augment(images: Tensor, pad: int = 4) -> Tensor:
     flip = torch.rand(b, 1, device=device) < 0.5
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     rows, columns = top + rows, left + torch.where(flip, w - 1 - columns, columns)  # (B, H), (B, W)
-    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)  # pixels last
-    image = torch.arange(b, device=device)[:, None, None]  # (B, 1, 1)
+    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)          # pixels last
+    image = torch.arange(b, device=device)[:, None, None]                           # (B, 1, 1)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, status: Callable
@@ -442,38 +420,39 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     std, mean = torch.std_mean(some.float() / 255, (0, 2, 3))
     mean, std = NORMALISATION.get(config.dataset, (mean, std.clamp_min(1e-3)))   # of a flat one
     net = build_model(config.teacher, num_classes, config.image_size)
-    model = with_normalisation(net, config.mean or mean, config.std or std).to(config.device)
+    model = Normalized(net, config.mean or mean, config.std or std).to(config.device)
     loader = batches(data, 128, shuffle=True, drop_last=len(data) > 128)
-    total, step = config.teacher_epochs * len(loader), 0  # steps
+    epochs, done = config.teacher_epochs, 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
-    parts, settings = [model, optimizer, schedule], [total, config.seed, config.precision]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
+    parts, settings = [model, optimizer, schedule], [epochs, config.seed, config.precision]
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
-        restore(saved, parts, config.device)
-        step = saved["step"]                             # always the end of an epoch
-    begin, start = step, time.monotonic()                # for the rate
+        for part, state in zip(parts, saved["parts"]):
+            part.load_state_dict(state)
+        done = saved["epochs"]
+    steps, start = 0, time.monotonic()                   # for the rate
     model.train()
-    while step < total:
+    for epoch in range(done, epochs):
+        seed_for(config, epoch)
         for images, labels in loader:
             images = augment(to_float(images, config.device))
             with autocast(images, config):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels.to(config.device))
             optimizer.zero_grad()
-            loss.backward()
+            F.cross_entropy(logits.float(), labels.to(config.device)).backward()
             optimizer.step()
             schedule.step()
-            step += 1
-            each = (time.monotonic() - start) / (step - begin)           # seconds
-            status(f"training the teacher: {step / total:.0%} of {config.teacher_epochs} epochs, "
-                   f"{128 / each:.0f} images/s, {each * (total - step) / 60:.1f} minutes left")
-        saved = snapshot(parts, config.device) | {"settings": settings, "step": step}
-        save_atomic(saved, unfinished)
-    save_atomic(export(model, config.teacher, epochs=config.teacher_epochs), path)
+            steps += 1
+            each, left = (time.monotonic() - start) / steps, (epochs - done) * len(loader) - steps
+            status(f"training the teacher: epoch {epoch + 1} of {epochs}, {128 / each:.0f} "
+                   f"images/s, {each * left / 60:.1f} minutes left")
+        save_atomic({"settings": settings, "epochs": epoch + 1,
+                     "parts": [part.state_dict() for part in parts]}, unfinished)
+    save_atomic(export(model, config.teacher, epochs=epochs), path)
     unfinished.unlink()
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                  # mean, std
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                             # mean, std
 NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
                  "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
                  "svhn": ((0.4378, 0.4439, 0.4729), (0.1980, 0.2011, 0.1971)),
@@ -481,8 +460,7 @@ NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 AKAMASTER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 CHENYAOFO = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/cifar100_"
 EDADALTOCG = "https://huggingface.co/edadaltocg/resnet{}_{}/resolve/main/pytorch_model.bin"
-# (data set, network): (address, SHA-256 or its beginning, stated accuracy in %, mean and std)
-PUBLIC_TEACHERS = {
+PUBLIC_TEACHERS = {   # (data set, network): (address, SHA-256 or its beginning, %, mean and std)
     **{("cifar10", f"resnet{n}"): (f"{AKAMASTER}resnet{n}-{sha}.th", sha, stated, IMAGENET)
        for n, sha, stated in ((20, "12fca82f", 91.7), (32, "d509ac18", 92.6),
                               (44, "014dd654", 93.1), (56, "4bfd9763", 93.4))},
@@ -494,20 +472,21 @@ PUBLIC_TEACHERS = {
        for data, n, stated, sha in (
         ("cifar10", 18, 94.98, "f656242526b567dbd46857276acbcfcb4ee74a7f8a7ae5e56557b7e8fa5d914a"),
         ("cifar10", 34, 95.4, ""),                       # no digest known
-        ("cifar10", 50, None, "600e3f79fa41bc7c91d751a65b29b1ed2733345f8b6908381caa79a32ff28a6e"),
-        ("cifar100", 18, None, "d214f848520df67ed2396aad73888ad52c587239ba842b8d8479d6ad8d3dc32b"),
-        ("cifar100", 34, None, "6c289529717391309146c2ba0b28e425cbb1f8586c8c93c40499405d8ee72f1e"),
+        ("cifar10", 50, "?", "600e3f79fa41bc7c91d751a65b29b1ed2733345f8b6908381caa79a32ff28a6e"),
+        ("cifar100", 18, "?", "d214f848520df67ed2396aad73888ad52c587239ba842b8d8479d6ad8d3dc32b"),
+        ("cifar100", 34, "?", "6c289529717391309146c2ba0b28e425cbb1f8586c8c93c40499405d8ee72f1e"),
        )},
 }
 
 def dataset_name(dataset: str) -> str:
-    """A name for files; folders of one name are told apart by a checksum of their place."""
+    """A name for files; folders of one name are told apart by a digest of their place."""
+    if dataset in BUILT_IN or dataset.startswith("shapes"):
+        return dataset
     place = Path(dataset).resolve()
-    known = dataset in NORMALISATION or dataset.startswith("shapes")
-    return dataset if known else f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"
+    return f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
 
 def get_teacher(config: Config, num_classes: int, train_data: Callable, status: Callable
-                ) -> nn.Sequential:
+                ) -> Normalized:
     """Frozen teacher: --teacher-ckpt, else the file in checkpoints/, else a public one, else a new.
 
     train_data() is called to train one. Normalisation: the flags, else what the file stores, else
@@ -517,19 +496,16 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     path = own = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
     public = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
     if config.teacher_ckpt:
-        path, public = Path(config.teacher_ckpt), None   # known by its digest, if at all
+        path = Path(config.teacher_ckpt)
     elif public and not (own.exists() or config.train_teacher):
         address, sha, *_ = public
         path = own.with_stem(f"{name}-{sha or 'public'}")    # its digest: torch.hub checks it
-        try:
+        with explain(f"cannot fetch {address}: put the file there as {path}, or --train-teacher"):
             torch.hub.load_state_dict_from_url(address, str(own.parent), "cpu", True, bool(sha),
                                                path.name, weights_only=True)
-        except Exception as error:
-            raise UserError(f"cannot fetch {address} ({first_line(error)}): put the file there as "
-                            f"{path}, or --train-teacher") from error
     # One that was trained here is taken only if for as long as is asked for now.
-    elif not own.exists() or read_checkpoint(own).get("epochs", config.teacher_epochs) != (
-            config.teacher_epochs):
+    elif not own.exists() or config.teacher_epochs != load_safely(own).get(
+            "epochs", config.teacher_epochs):
         status(f"training {config.teacher} for {config.teacher_epochs} epochs, into {own}", True)
         train_teacher(config, num_classes, train_data(), own, status)
     if path == own or config.teacher_ckpt:               # is it a public one after all?
@@ -538,7 +514,7 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
                        if row[1] and digest.startswith(row[1])), None)
     default = public[3] if public else NORMALISATION.get(config.dataset, IMAGENET)
     status(f"teacher weights: {path}" + (
-        f", {public[0]}, stated accuracy {public[2] or '?'} %" if public else ""), True)
+        f", {public[0]}, stated accuracy {public[2]} %" if public else ""), True)
     return load_teacher(config.teacher, num_classes, path, config.mean, config.std, default,
                         size).to(config.device)
 
@@ -640,7 +616,6 @@ class MemoryBank(nn.Module):
         """images (batch, 3, S, S) float32 in [0, 1], labels (batch,); drawn with replacement."""
         i = torch.randint(len(self), (batch,), device=self.labels.device)
         return to_float(self.images[i], i.device), self.labels[i]
-
 
 # ===== 4. Losses: pure functions, tensors in, scalar out ==========================================
 
@@ -807,7 +782,7 @@ class State(nn.Module):
         rows = last_layer(teacher, nn.Linear).weight.detach()                       # (K, D)
         if prior is None:
             prior = torch.eye(len(rows)) if config.prior == "index" else rows
-        prior = prior.detach().float().to(rows.device)   # (K, E)
+        prior = prior.detach().float().to(rows.device)                              # (K, E)
         if prior.ndim != 2 or len(prior) != len(rows) or not (
                 0 < (prior - prior.mean(0)).square().sum() < math.inf):
             raise UserError(f"--prior is {tuple(prior.shape)}; it must be finite, not all alike "
@@ -821,7 +796,7 @@ class State(nn.Module):
         self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
                                config.image_size)
         self.to(rows.device)                             # the teacher is there already
-        self.generator.to(memory_format=torch.channels_last)  # as the teacher
+        self.generator.to(memory_format=torch.channels_last)             # as the teacher
         self.matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity())
         if config.lambda_fm and not self.matching.layers:
             warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
@@ -836,6 +811,19 @@ class State(nn.Module):
         # Of a batch: the share of this process, and from the shares the whole; see section 8.
         self.share = self.gather = lambda rows: rows
 
+    def get_extra_state(self) -> dict:
+        """What `state_dict` holds beside networks and images: a run goes on from there exactly."""
+        return {"generator": self.generator_optimizer.state_dict(), "cycle": self.cycle,
+                "student": self.student_optimizer.state_dict(), "seconds": self.seconds,
+                "pushed": self.bank.pushed}
+
+    def set_extra_state(self, saved: dict) -> None:
+        """The inverse, for `load_state_dict`."""
+        self.generator_optimizer.load_state_dict(saved["generator"])
+        self.student_optimizer.load_state_dict(saved["student"])
+        self.cycle, self.seconds, self.bank.pushed = (
+            saved[name] for name in ("cycle", "seconds", "pushed"))
+
 def set_training(model: nn.Module, on: bool) -> None:
     """Train mode with gradients, or eval mode without."""
     model.train(on).requires_grad_(on)
@@ -847,7 +835,7 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
     with state.matching, autocast(e_hat, config):
         images = state.generator(e_hat)                                             # eq. 2
         t = teacher(images)
-        s = state.student(images) if config.lambda_adv else None  # in eval mode, frozen
+        s = state.student(images) if config.lambda_adv else None         # in eval mode, frozen
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
     if state.matching.layers:
         l_fm = state.matching.loss()                                                # eq. 4
@@ -894,10 +882,8 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
                  ) -> dict[str, Tensor]:
     """One SGD step of student and h on eq. 10, for images (B, 3, H, W) -> its terms, detached."""
     l_cae = l_cncl = torch.zeros((), device=images.device)
-    temperature = config.embedding_temperature
-    both = (teacher, state.student)
-    heads = [last_layer(net, nn.Linear) for net in both]             # what enters: f (B, D)
-    at_places = config.places and config.lambda_cae
+    both, at_places = (teacher, state.student), config.places and config.lambda_cae
+    heads = [last_layer(net, nn.Linear) for net in both]                 # what enters: f (B, D)
     pools = [last_layer(net, nn.AdaptiveAvgPool2d) for net in both if at_places]    # (B, D, h, w)
     with listen(*heads, *pools) as heard, autocast(images, config):
         with torch.no_grad():
@@ -912,13 +898,12 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
     z, f_t = state.gather(z), state.gather(f_t)
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
     if config.lambda_cae:
-        l_cae = category_aware_embedding_loss(z, f_t, labels, temperature)                  # eq. 8
+        l_cae = category_aware_embedding_loss(z, f_t, labels)                       # eq. 8
         if pools:
             l_cae = l_cae + category_aware_embedding_loss(                          # at places
-                z_places, state.gather(rows_t), labels.repeat_interleave(config.places),
-                temperature)
+                z_places, state.gather(rows_t), labels.repeat_interleave(config.places))
     if config.lambda_cncl:
-        l_cncl = contrastive_loss(z, labels, temperature)                                   # eq. 9
+        l_cncl = contrastive_loss(z, labels)                                        # eq. 9
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
     state.student_optimizer.zero_grad()
     loss.backward()
@@ -953,7 +938,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     fraction of the run that is over, by default of config.cycles (config.minutes is for `main`).
     on_cycle(state, metrics) follows each cycle. config.real_kd: the images are those in state.bank.
     Returns the student, in eval mode. Raises FloatingPointError with the name and cycle of a loss
-    that is not finite.
+    that is not finite. Seeds torch's generators by config.seed.
     """
     if teacher is student or state and state.student is not student:
         raise UserError("`student` must be the network in `state`, and another than the teacher")
@@ -965,6 +950,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     # Coupled training, an ablation: one generator step and one student step in turns.
     turns = 1 if config.decoupled else config.kd_steps
     while (over := progress()) < 1:
+        seed_for(config, state.cycle)
         # A cosine that begins slowly: at full step size from the start, a deep student learns
         # nothing for long (ResNet-20 after 40 cycles: 27 instead of 68 %, one seed, earlier eq. 8).
         lr = config.student_lr * (1 + math.cos(math.pi * over)) / 2
@@ -1005,8 +991,8 @@ def batches(data: Dataset, size: int = 256, **keywords) -> DataLoader:
 def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Run a network in eval mode over a data set: logits (N, K), embeddings (N, D), labels (N,)."""
     model.eval()
-    rows = []                                            # the loader's own generator: evaluating
-    for images, labels in batches(data, generator=torch.Generator()):    # must not change a run
+    rows = []
+    for images, labels in batches(data):
         logits, f = forward_with_embedding(model, to_float(images, device))
         rows.append((logits.float(), f.float(), labels.to(device)))
     return tuple(torch.cat(part) for part in zip(*rows))
@@ -1100,7 +1086,7 @@ def average_precision(detections: list[tuple[Tensor, Tensor]], truths: list[Tens
     """
     hits, order = [], torch.cat([scores for _, scores in detections]).argsort(descending=True)
     for (boxes, _), truth in zip(detections, truths):
-        overlap = box_iou(boxes, truth)                                             # (n, m)
+        overlap = ops.box_iou(boxes, truth)                                             # (n, m)
         for row in overlap:                              # a view: it sees what is taken
             hits.append(len(row) > 0 and row.max().item() >= 0.5)
             if hits[-1]:
@@ -1141,9 +1127,9 @@ def detection_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: 
         scores, labels = (x @ w + b).softmax(1)[:, :k].max(1)  # best category but background
         sides = (x @ v + c).exp()                        # (L, 4) pixels
         boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
-        boxes = clip_boxes_to_image(boxes, image.shape[1:])
+        boxes = ops.clip_boxes_to_image(boxes, image.shape[1:])
         sure = (scores > 0.02).nonzero()[:, 0]           # the rest cannot matter
-        best = sure[batched_nms(boxes[sure], scores[sure], labels[sure], 0.4)[:50]]
+        best = sure[ops.batched_nms(boxes[sure], scores[sure], labels[sure], 0.4)[:50]]
         detections.append(tuple(part[best].cpu() for part in (boxes, labels, scores)))
         targets.append(target)
     per_category = {}
@@ -1187,59 +1173,38 @@ def shape_mask(labels, names: list[str], dx, dy, angle) -> np.ndarray:
         mask[i] = SHAPES[name](u[i], v[i], np.hypot(u[i], v[i]), np.maximum(abs(u[i]), abs(v[i])))
     return mask
 
-def contrasting(fore: np.ndarray, back: np.ndarray) -> np.ndarray:
-    """Colours (n, 3, 1, 1): `fore`, or where it is too near to `back` one that is not."""
-    return np.where(abs(fore - back).max(1, keepdims=True) < 0.4, (back + 0.5) % 1, fore)
+def draw_scenes(n: int, names: list[str], seed: int, size: int = 96, most: int = 4,
+                radius: tuple[float, float] = (9, 17)) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """n images, uint8 (3, size, size), of 1 to `most` shapes, each with their boxes and labels.
 
-def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
-    """n images, uint8 (n, 3, size, size), and labels. Place, size, angle, colours, noise vary."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % len(names))  # as many of each
-
-    def uniform(low, high, *shape):
-        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
-
-    x, y, angle = (uniform(-0.35, 0.35, 1, 1) for _ in range(3))
-    scale = uniform(0.4, 0.65, 1, 1)
-    yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
-    dx, dy = (xx - x) / scale, (yy - y) / scale                          # (n, size, size)
-    mask = shape_mask(labels, names, dx, dy, angle)
-    back, fore = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    fore = contrasting(fore, back)
-    shade = uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
-    noise = rng.standard_normal((n, 3, size, size), np.float32) * uniform(0, 0.06, 1, 1, 1)
-    images = (np.where(mask[:, None], fore, back + shade) + noise).clip(0, 1)
-    return TensorDataset(torch.from_numpy((images * 255).round().astype(np.uint8)),
-                         torch.from_numpy(labels))
-
-def draw_scenes(n: int, seed: int, size: int = 96) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """n images, uint8 (3, size, size), of 1 to 4 unseen shapes, each with its boxes and labels.
-
-    Shapes have a radius of 9 to 17 pixels and do not overlap; one that finds no room is left out.
+    Shapes do not overlap and have a radius in pixels between the two; one that finds no room is
+    left out. Place, size, angle, colours, shading of the ground and noise vary.
     """
-    rng, names = np.random.default_rng(seed), list(SHAPES)[10:]
+    rng = np.random.default_rng(seed)
 
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
     yy, xx = np.meshgrid(*2 * [np.linspace(-1, 1, size, dtype=np.float32)], indexing="ij")
-    back, wanted = uniform(0, 1, 3, 1, 1), rng.integers(1, 5, n)
+    back, wanted = uniform(0, 1, 3, 1, 1), rng.integers(1, most + 1, n)
     images = back + uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
     placed = np.zeros((n, 0, 3), np.float32)             # x, y, radius of what is there, in [-1, 1]
     targets = [{"boxes": [], "labels": []} for _ in range(n)]
-    for i in range(4):                                   # one more shape in each image at once, at
+    for i in range(most):                                # one more shape in each image at once, at
         # the first of 20 places that is clear of the shapes before it
-        radius, labels = uniform(9, 17) * 2 / size, rng.integers(len(names), size=n)
-        reach = 1.3 * radius[:, None, None]              # corners reach out of the radius
+        r, labels = uniform(*radius) * 2 / size, rng.integers(len(names), size=n)
+        reach = 1.3 * r[:, None, None]                   # corners reach out of the radius
         places = (1 - reach) * uniform(-1, 1, 20, 2)                                # (n, 20, 2)
         gaps = np.linalg.norm(places[:, :, None] - placed[:, None, :, :2], axis=-1)     # (n, 20, i)
         free = (gaps > reach + 1.3 * placed[:, None, :, 2]).all(2)                  # (n, 20)
         there = free.any(1) & (i < wanted)               # else this image gets none
         place = np.where(there[:, None], places[np.arange(n), free.argmax(1)], 9)   # 9: far outside
-        placed = np.concatenate([placed, np.column_stack([place, radius])[:, None]], 1)
+        placed = np.concatenate([placed, np.column_stack([place, r])[:, None]], 1)
         x, y, r = (v[:, None, None] for v in placed[:, -1].T)
         mask = shape_mask(labels, names, (xx - x) / r, (yy - y) / r, uniform(-0.35, 0.35, 1, 1))
-        images = np.where(mask[:, None], contrasting(uniform(0, 1, 3, 1, 1), back), images)
+        fore = uniform(0, 1, 3, 1, 1)
+        near = abs(fore - back).max(1, keepdims=True) < 0.4              # too near to be seen well
+        images = np.where(mask[:, None], np.where(near, (back + 0.5) % 1, fore), images)
         for j in there.nonzero()[0]:                     # tight boxes
             rows, columns = mask[j].any(1).nonzero()[0], mask[j].any(0).nonzero()[0]
             targets[j]["boxes"].append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
@@ -1249,6 +1214,11 @@ def draw_scenes(n: int, seed: int, size: int = 96) -> list[tuple[Tensor, dict[st
     return [(image, {"boxes": torch.tensor(np.array(target["boxes"])).float(),
                      "labels": torch.tensor(np.array(target["labels"]))})
             for image, target in zip(images, targets)]
+
+def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
+    """n images, uint8 (n, 3, size, size), of one shape each, and labels (n,)."""
+    images, targets = zip(*draw_scenes(n, names, seed, size, 1, (0.2 * size, 0.33 * size)))
+    return TensorDataset(torch.stack(images), torch.cat([target["labels"] for target in targets]))
 
 BUILT_IN = {   # name: (maker, the files it needs under --data-root)
     "cifar10": (lambda root, split, **kw: datasets.CIFAR10(root, split == "train", **kw),
@@ -1272,29 +1242,24 @@ def load_data(dataset: str, split: str, root="data", size=32) -> tuple[Dataset, 
     transform = transforms.Compose(
         [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor()])
     maker, files = BUILT_IN.get(dataset, (None, ""))
-    try:
+    remedy = f"without a network, put {files} into {root}/" if files else (
+        f"name shapes, {', '.join(BUILT_IN)} or a folder with train/ and test/ (or val/)")
+    with explain(f"cannot read data set {dataset!r} ({split}); {remedy}"):
         if maker:
             data = maker(root, split, transform=transform, download=True)
         else:
             folder = Path(dataset, split)
             folder = folder if split == "train" or folder.is_dir() else Path(dataset, "val")
             data = datasets.ImageFolder(str(folder), transform, loader=read_image)
-        names = getattr(data, "classes", None) or [str(k) for k in range(10)]  # svhn: digits
+        names = getattr(data, "classes", None) or [str(k) for k in range(10)]       # svhn: digits
         if len(data) * 3 * size * size <= 2 << 30:
             data = TensorDataset(*(torch.cat(part) for part in zip(*batches(data))))
         return data, names
-    except Exception as error:                           # each library raises errors of its own
-        remedy = f"without a network, put {files} into {root}/" if files else (
-            f"name shapes, {', '.join(BUILT_IN)} or a folder with train/ and test/ (or val/)")
-        raise UserError(f"cannot read data set {dataset!r} ({split}): {first_line(error)}; "
-                        f"{remedy}") from error
 
 def read_image(path: str):
     """An image file of any kind as RGB; a broken one is named."""
-    try:
+    with explain(f"{path} is no image"):
         return datasets.folder.pil_loader(path)
-    except Exception as error:
-        raise UserError(f"{path} is no image: {first_line(error)}") from error
 
 def load_splits(dataset: str, config: Config) -> tuple[Dataset, Dataset]:
     """Train and test split; UserError where these do not have the same two or more classes."""
@@ -1305,13 +1270,13 @@ def load_splits(dataset: str, config: Config) -> tuple[Dataset, Dataset]:
         raise UserError(f"{dataset}: train/ and test/ need the same two or more classes")
     return train, test
 
-def read_voc(root: Path, split: str, size: int) -> list[tuple[Tensor, Tensor, list[str]]]:
-    """PASCAL VOC layout -> images (3, H, W), longer side `size`, boxes (n, 4), names of these.
+def read_voc(root: Path, split: str, size: int) -> list[tuple[Tensor, dict]]:
+    """PASCAL VOC layout -> images (3, H, W), longer side `size`, with boxes (n, 4) and names.
 
     Objects marked difficult are left out, boxes are clipped to the image. UserError for a bad file.
     """
     rows = []
-    try:
+    with explain(f"{root} has no VOC layout ({split})"):
         for name in (root / f"ImageSets/Main/{split}.txt").read_text().split():
             tree = ElementTree.parse(root / f"Annotations/{name}.xml")
             objects = [o for o in tree.iter("object") if o.findtext("difficult") != "1"]
@@ -1320,33 +1285,30 @@ def read_voc(root: Path, split: str, size: int) -> list[tuple[Tensor, Tensor, li
             image = image.resize([max(1, round(side * scale)) for side in image.size])
             boxes = torch.tensor([[scale * float(o.findtext(f"bndbox/{side}")) for side in (
                 "xmin", "ymin", "xmax", "ymax")] for o in objects]).view(-1, 4)
-            boxes = clip_boxes_to_image(boxes, image.size[::-1])
+            boxes = ops.clip_boxes_to_image(boxes, image.size[::-1])
             keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-            rows.append((transforms.functional.pil_to_tensor(image), boxes[keep],
-                         [o.findtext("name") for o, kept in zip(objects, keep) if kept]))
-    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{root} has no VOC layout ({split}): {first_line(error)}") from error
+            names = [o.findtext("name") for o, kept in zip(objects, keep) if kept]
+            rows.append((transforms.functional.pil_to_tensor(image),
+                         {"boxes": boxes[keep], "names": names}))
     return rows
 
 def load_detection(config: Config) -> tuple[list, list, list[str]]:
     """Train split, test split, categories of --detection-dataset; UserError as `load_data`."""
     if config.detection_dataset == "scenes":
-        return draw_scenes(600, 1), draw_scenes(300, 2), list(SHAPES)[10:]
+        names = list(SHAPES)[10:]
+        return draw_scenes(600, names, 1), draw_scenes(300, names, 2), names
     folder = Path(config.detection_dataset)
     if config.detection_dataset == "voc2007":
         folder = Path(config.data_root, "VOCdevkit/VOC2007")
-        for split in ("trainval", "test"):
-            try:
+        with explain(f"cannot fetch VOC 2007; without a network, put VOCdevkit/ into "
+                     f"{config.data_root}/"):
+            for split in ("trainval", "test"):
                 if not (folder / f"ImageSets/Main/{split}.txt").exists():
                     datasets.VOCDetection(config.data_root, "2007", split, download=True)
-            except Exception as error:
-                raise UserError(f"cannot fetch VOC 2007 ({first_line(error)}): without a network, "
-                                f"put VOCdevkit/ into {config.data_root}/") from error
-    splits = [read_voc(folder, split, config.detection_size) for split in ("trainval", "test")]
-    names = sorted({name for rows in splits for *_, of in rows for name in of})  # of both splits
-    train, test = ([(image, {"boxes": boxes, "labels": torch.tensor(
-        [names.index(name) for name in of], dtype=torch.long)}) for image, boxes, of in rows]
-        for rows in splits)
+    train, test = (read_voc(folder, split, config.detection_size) for split in ("trainval", "test"))
+    names = sorted({name for _, target in train + test for name in target["names"]})
+    for _, target in train + test:
+        target["labels"] = torch.tensor([names.index(name) for name in target["names"]]).long()
     return train, test, names
 
 # ===== 8. Several processes, by torchrun: all hold the same state, each computes its share ========
@@ -1360,11 +1322,15 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 def agreed(thing):
-    """Process 0's value, in all of them: clocks differ."""
+    """Process 0's value, in all of them; a meeting point, too."""
     box = [thing]                                        # broadcast in place
     if world() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
+
+def clock() -> float:
+    """Seconds, by the clock of process 0."""
+    return agreed(time.perf_counter())
 
 def join_processes(config: Config) -> None:
     """Join what torchrun started; nothing where there is one process."""
@@ -1387,8 +1353,8 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
 def connect(state: State) -> None:
     """Draws are the same in all processes, rows of a batch are shared out, losses see all rows."""
     warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)    # nothing public yet
-    state.share = lambda rows: rows.chunk(world())[rank()]  # rows of this process
-    state.gather = lambda rows: torch.cat(all_gather(rows.contiguous()))  # with gradient
+    state.share = lambda rows: rows.chunk(world())[rank()]               # rows of this process
+    state.gather = lambda rows: torch.cat(all_gather(rows.contiguous())) # with gradient
     state.matching.average = lambda x: all_reduce(x) / world()
     for optimizer in (state.generator_optimizer, state.student_optimizer):
         optimizer.register_step_pre_hook(average_gradients)
@@ -1407,128 +1373,104 @@ class Status:
             cut = os.get_terminal_size().columns - 1 if terminal and not stay else None
             print("\r\033[K" * terminal + text[:cut], end="" if cut else "\n", flush=True)
 
-def save_samples(bank: MemoryBank, num_classes: int, path: Path, rows: int = 8) -> None:
-    """Grid of the newest bank images: a column for each of the first 100 categories."""
-    newest = torch.arange(bank.pushed - 1, bank.pushed - 1 - len(bank), -1) % len(bank.labels)
-    images, labels, columns = bank.images.cpu(), bank.labels.cpu(), min(num_classes, 100)
-    grid = torch.zeros(rows, columns, *images.shape[1:])
-    for k in range(columns):
-        i = newest[labels[newest] == k][:rows]           # of category k, newest first
-        grid[:len(i), k] = images[i] / 255
-    torchvision.utils.save_image(grid.flatten(0, 1), path, nrow=columns)
+def save_samples(bank: MemoryBank, path: Path, most: int = 100) -> None:
+    """Grid of the newest images of the bank, in the order of their categories."""
+    newest = torch.arange(bank.pushed - min(len(bank), most), bank.pushed) % len(bank.labels)
+    newest = newest[bank.labels.cpu()[newest].argsort()]
+    torchvision.utils.save_image(bank.images.cpu()[newest] / 255, path, nrow=10)
 
 def save_detections(scenes: Dataset, found: list[list], path: Path, columns: int = 8) -> None:
     """A row for each network: the first test images with its best guesses, of a score above 0.5."""
     colours, tiles = ("yellow", "red", "cyan", "magenta", "lime", "white", "orange", "blue"), []
     for detections in found:
         for i, (boxes, labels, scores) in zip(range(columns), detections):
-            image, best = scenes[i][0], nms(boxes, scores, 0.1)          # of all categories
+            best = ops.nms(boxes, scores, 0.1)           # of all categories
             best = best[scores[best] > 0.5]
-            if len(best):
-                image = draw_bounding_boxes(image, boxes[best], width=1, colors=[
-                    colours[k % len(colours)] for k in labels[best].tolist()])
+            image = torchvision.utils.draw_bounding_boxes(scenes[i][0], boxes[best], colors=[
+                colours[k % len(colours)] for k in labels[best].tolist()]) if len(best) else (
+                scenes[i][0])
             tiles.append(transforms.functional.resize(image, [192, 192]) / 255)
     torchvision.utils.save_image(torch.stack(tiles), path, nrow=columns)
 
-def read_prior(name: str) -> Tensor | None:
-    """--prior FILE -> (K, E) tensor; None for the priors that need no file."""
-    try:
-        return None if name in ("teacher", "index") else torch.from_numpy(np.load(name)).float()
-    except Exception as error:
-        raise UserError(f"--prior {name!r} is neither teacher, index nor a .npy file with a (K, E) "
-                        f"array ({first_line(error)})") from error
-
-def fresh_student(config: Config, teacher: nn.Module, num_classes: int) -> nn.Module:
+def fresh_student(config: Config, teacher: Normalized, num_classes: int) -> Normalized:
     """The untrained student of config.seed, with the teacher's normalisation, on its device."""
     torch.manual_seed(config.seed)
     net = build_model(config.student, num_classes, config.image_size)
-    mean_std = (buffer.tolist() for buffer in teacher.normalize.buffers())
-    return with_normalisation(net, *mean_std).to(config.device)
+    return Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
 
 def load_tasks(config: Config) -> dict[str, tuple]:
-    """What frozen features are probed on: "probe" (train, test), "detection" (and categories)."""
-    tasks = {"probe": load_splits(config.probe_dataset, config)} if config.probe_dataset else {}
+    """Data of what frozen features are probed on; read first, so that wrong ones fail first."""
+    tasks = {"linear probe": load_splits(config.probe_dataset, config)}
     return tasks | ({"detection": load_detection(config)} if config.detection else {})
 
 def score(networks: dict[str, nn.Module], test: Dataset, tasks: dict[str, tuple], config: Config,
-          status: Status) -> dict:
-    """Top-1, agreement, probes of networks by name, in percent: printed, and for summary.json."""
+          status: Status) -> dict[str, dict[str, float]]:
+    """Top-1 and probes of networks by name, in percent: printed, and for summary.json."""
     seen = {name: predict(network, test, config.device) for name, network in networks.items()}
-    top = {name: top1(logits, labels) for name, (logits, _, labels) in seen.items()}
-    result = {"test_images": len(test)} | {f"{name}_accuracy": v for name, v in top.items()}
-    tables = {f"top-1 on {len(test)} test images": top}
-    if "teacher" in seen:
-        result["agreement"] = top1(seen["student"][0], seen["teacher"][0].argmax(1))
-    if "probe" in tasks:
-        result["probe"] = tables[f"linear probe on {config.probe_dataset}"] = {
-            name: linear_probe(network, *tasks["probe"], config.device)["accuracy"]
-            for name, network in networks.items()}
+    result = {"top-1": {name: top1(t, labels) for name, (t, _, labels) in seen.items()},
+              "linear probe": {name: linear_probe(net, *tasks["linear probe"], config.device)
+                               ["accuracy"] for name, net in networks.items()}}
+    places = {"top-1": f"{len(test)} test images", "linear probe": config.probe_dataset,
+              "detection": f"{config.detection_dataset}, AP50"}
     if "detection" in tasks:
         train, scenes, names = tasks["detection"]
         found = {name: detection_probe(network, train, scenes, config.device, names)
                  for name, network in networks.items()}
-        result["detection"] = tables[f"detection on {config.detection_dataset}, AP50"] = {
-            name: probe["ap50"] for name, probe in found.items()}
-        if config.eval_only is None:
+        result["detection"] = {name: probe["ap50"] for name, probe in found.items()}
+        if config.out:
             save_detections(scenes, [probe["detections"] for probe in found.values()],
                             Path(config.out, "detection.png"))
-    for title, values in tables.items():
-        status(f"{title}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()), True)
+    for title, values in result.items():
+        status(f"{title} on {places[title]}: " + ", ".join(
+            f"{name} {value:.2f}" for name, value in values.items()), True)
+    if "teacher" in seen:
+        agreement = top1(seen["student"][0], seen["teacher"][0].argmax(1))
+        result["agreement"] = {"student with teacher": agreement}
     return result
 
 def evaluate_only(config: Config, status: Status) -> None:
     """--eval-only: scores of a saved student.pt, which says what network it is."""
-    path, stored = config.eval_only, read_checkpoint(config.eval_only)
+    path, stored = config.eval_only, load_safely(config.eval_only)
     if "arch" not in stored:
         raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
     if config.dataset == "shapes" != stored.get("dataset", "shapes"):
         raise UserError(f"{path} was distilled for {stored['dataset']}: give --dataset")
-    config = dataclasses.replace(config, image_size=stored.get("image_size", 32))
+    config = dataclasses.replace(config, image_size=stored.get("image_size", 32), out=None)
     test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
     student = load_teacher(stored["arch"], len(names), path, image_size=config.image_size)
     score({"student": student.to(config.device)}, test, load_tasks(config), config, status)
 
 class Recorder:
-    """What a run does around each cycle: clock, log, evaluation, checkpoint, stopping."""
+    """What a run does around its cycles: clock, log, evaluation, checkpoint."""
 
     def __init__(self, config: Config, state: State, test: Dataset, status: Status):
         self.config, self.state, self.test, self.status = config, state, test, status
-        self.parts = [state, state.generator_optimizer, state.student_optimizer]  # what is saved
-        self.last_pt, self.first_cycle, self.stopping = Path(config.out, "last.pt"), 0, False
-        self.save_at, self.start = -math.inf, time.perf_counter()
-        if config.resume:
-            saved = load_safely(self.last_pt)
-            restore(saved, self.parts, config.device)
-            state.cycle, state.seconds, state.bank.pushed = saved["counters"]
-            self.first_cycle = state.cycle
+        self.out, self.save_at, kept = Path(config.out), -math.inf, []
+        if config.resume:                                # the log is cut to where last.pt is
+            state.load_state_dict(load_safely(self.out / "last.pt"))
+            kept = (self.out / "metrics.jsonl").read_text().splitlines(True)[:state.cycle]
+        if rank() == 0:
+            save_atomic("".join(kept), self.out / "metrics.jsonl")
+            save_atomic(json.dumps(dataclasses.asdict(config), indent=1), self.out / "config.json")
+        self.first_cycle, self.start = state.cycle + 1, clock()
 
     def save(self) -> None:
         """last.pt, from which a run goes on; saving takes 2 % of the time at most."""
-        begin, state = time.perf_counter(), self.state
-        counters = [state.cycle, state.seconds, state.bank.pushed]  # no tensors
+        begin = time.perf_counter()
         if rank() == 0:
-            save_atomic(snapshot(self.parts, self.config.device) | {"counters": counters},
-                        self.last_pt)
-        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)  # hence 2 %
-
-    def stop(self, number, frame) -> None:
-        """Ctrl-C and SIGTERM: end after this cycle, saved; the second time end at once."""
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        os.write(2, b"\nstopping after this cycle; once more to stop now\n")
+            save_atomic(self.state.state_dict(), self.out / "last.pt")
+        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)     # hence 2 %
 
     def progress(self) -> float:
         """Fraction of the run that is over: of --minutes, or of --cycles."""
         if not self.config.minutes:
             return self.state.cycle / self.config.cycles
-        spent = agreed(self.state.seconds + time.perf_counter() - self.start)
-        return min(1.0, spent / (60 * self.config.minutes))
+        return min(1.0, (self.state.seconds + clock() - self.start) / (60 * self.config.minutes))
 
     def __call__(self, state: State, metrics: dict) -> None:
         """After each cycle; what this takes is not counted in state.seconds."""
-        state.seconds += agreed(time.perf_counter() - self.start)
-        self.start, log = time.perf_counter(), self.last_pt.with_name("metrics.jsonl")
+        state.seconds += clock() - self.start
+        self.start = clock()
         for buffer in state.student.buffers() if world() > 1 else ():
             dist.broadcast(buffer, 0)                    # BatchNorm statistics of process 0
         metrics |= {"seconds": state.seconds, "images": state.bank.pushed}
@@ -1536,64 +1478,53 @@ class Recorder:
             logits, _, labels = predict(state.student, self.test, self.config.device)
             metrics["accuracy"] = top1(logits, labels)
         if rank() == 0:
-            if state.cycle == self.first_cycle + 1:            # until now nothing was written
-                old = log.read_text().splitlines(keepends=True) if self.first_cycle else []
-                save_atomic("".join(old[:self.first_cycle]), log)      # the lines up to last.pt
-                save_atomic(json.dumps(dataclasses.asdict(self.config), indent=1),
-                            self.last_pt.with_name("config.json"))
-            with log.open("a") as file:                  # resuming cuts it to last.pt
+            with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+            if time.perf_counter() > self.save_at:
+                self.save()
         over = self.progress()                           # at least one cycle of it
-        left = state.seconds / 60 * (1 / over - 1)
         shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
-        self.status(f"distilling: {over:.0%}, cycle {state.cycle}, {left:.1f} minutes left, "
+        self.status(f"distilling: {over:.0%}, cycle {state.cycle}, "
+                    f"{state.seconds / 60 * (1 / over - 1):.1f} minutes left, "
                     + ", ".join(f"{k} {metrics[k]:.2f}" for k in shown),
-                    stay="accuracy" in metrics or state.cycle == self.first_cycle + 1)
-        stopping, due = agreed((self.stopping, time.perf_counter() > self.save_at))  # by process 0
-        if stopping or due:
-            self.save()
-        if stopping:
-            raise KeyboardInterrupt
-        self.start = time.perf_counter()
+                    stay="accuracy" in metrics or state.cycle == self.first_cycle)
+        self.start = clock()
 
 def expected_minutes(teacher: nn.Module, config: Config) -> float:
-    """What a run by --cycles will take, from the time of a forward pass: rough, but told at once.
-
-    A step of either phase takes some two to four times as long as the teacher's forward pass (on
-    the drawn shapes 1.9 times, two cores).
-    """
+    """What a run by --cycles will take, told at once: a step of either phase takes some two to four
+    times as long as the teacher's forward pass."""
     images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size)
     for _ in range(2):                                   # the first one warms up
         begin = time.perf_counter()
         with torch.no_grad():
             teacher(to_float(images, config.device)).sum().item()
-    steps = config.cycles * (config.synth_steps + config.kd_steps)
-    return 3 * steps * (time.perf_counter() - begin) / 60
+    return config.cycles * (config.synth_steps + config.kd_steps) * (
+        time.perf_counter() - begin) * 3 / 60
 
-def choose_directory(config: Config) -> Path:
-    """--out, which has to be free unless it is resumed; else the first free name in runs/."""
-    out = Path(config.out or "_".join(("runs/" + dataset_name(config.dataset), config.teacher,
-                                       config.student, str(config.seed))))
-    while not config.out and out.exists():
-        stem, _, n = out.name.partition("-again")
-        out = out.with_name(f"{stem}-again{int(n or 0) + 1}")
+def choose_directory(config: Config) -> str:
+    """--out, which has to be free unless it is resumed; else a new one in runs/."""
+    words = dataset_name(config.dataset), config.teacher, config.student, str(config.seed)
+    out = Path(config.out or f"runs/{'_'.join(words)}_{datetime.now():%Y%m%d-%H%M%S}")
     first = {"config.json", "metrics.jsonl", "last.pt.tmp"}      # of a run killed in its first save
     if not config.resume and any(path.name not in first for path in out.glob("*")):
         raise UserError(f"{out} is not empty: --resume the run in it, or take another --out")
-    return out
+    return str(out)
 
 def run(config: Config) -> None:
     """All of it: teacher, distillation with logs and checkpoints, evaluation, summary."""
-    status, prior = Status(), read_prior(config.prior)
+    status, prior = Status(), None
     if config.eval_only is not None:
         return evaluate_only(config, status)
-    config.out = agreed(str(choose_directory(config)))   # into config.json, too
-    torch.manual_seed(config.seed)
+    if config.prior not in ("teacher", "index"):
+        with explain(f"--prior {config.prior} is not teacher, index or a .npy file, (K, E)"):
+            prior = torch.from_numpy(np.load(config.prior)).float()
+    config.out = agreed(choose_directory(config))        # into config.json, too
     if rank() > 0:                                       # process 0 downloads and trains first
         agreed("process 0 is ready")
+    torch.manual_seed(config.seed)                       # of a teacher's weights
     test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
-    train = functools.cache(lambda: load_splits(config.dataset, config)[0])
     tasks = load_tasks(config)                           # wrong ones fail before any work
+    train = functools.cache(lambda: load_splits(config.dataset, config)[0])         # when needed
     teacher = get_teacher(config, len(names), train, status)
     if rank() == 0:                                      # the others find what it left
         agreed("process 0 is ready")
@@ -1605,55 +1536,47 @@ def run(config: Config) -> None:
     status(f"teacher {config.teacher}: {known:.2f} % on {len(test)} test images" + (
         "; next to nothing: are --mean, --std and the order of the classes its own?"
         if known < 5 + 100 / len(names) else ""), True)
-    config.bank_capacity = len(train()) if config.real_kd else config.bank_capacity
-    student = fresh_student(config, teacher, len(names))  # from the seed, whatever was drawn
+    real = train() if config.real_kd else []
+    config.bank_capacity = len(real) or config.bank_capacity
+    student = fresh_student(config, teacher, len(names))
     state = State(teacher, student, config, prior)
-    if config.real_kd:
-        for images, labels in batches(train(), generator=torch.Generator()):
-            state.bank.push(images.to(config.device), labels.to(config.device))
+    for images, labels in batches(real) if real else ():
+        state.bank.push(images.to(config.device), labels.to(config.device))
     if world() > 1:
         connect(state)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (student, state.generator)]
     status(f"student {config.student} of {sizes[0]:,} weights, generator of {sizes[1]:,}, "
            f"{config.device} {config.precision}, torch {torch.__version__}, in {config.out}", True)
     recorder = Recorder(config, state, test, status)     # --resume: loads last.pt
-    before = [signal.signal(number, recorder.stop) for number in (signal.SIGINT, signal.SIGTERM)]
     distill(teacher, student, config, None, state, recorder.progress, recorder)
-    signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
     recorder.save()                                      # the last state, not the best
     if rank() == 0:
-        out, images = Path(config.out), 0 if config.real_kd else state.bank.pushed
-        save_samples(state.bank, len(names), out / "samples.png")
+        save_samples(state.bank, recorder.out / "samples.png")
         save_atomic(export(student, config.student, image_size=config.image_size,
-                           dataset=dataset_name(config.dataset)), out / "student.pt")
+                           dataset=dataset_name(config.dataset)), recorder.out / "student.pt")
         networks = {"student": student, "teacher": teacher,
                     "untrained": fresh_student(config, teacher, len(names))}
-        versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
+        images = 0 if config.real_kd else state.bank.pushed
         summary = score(networks, test, tasks, config, status) | {
             "cycles": state.cycle, "seconds": state.seconds, "seed": config.seed, "images": images,
-            "versions": versions}
-        save_atomic(json.dumps(summary, indent=1), out / "summary.json")
+            "versions": {m.__name__: m.__version__ for m in (torch, torchvision, np)}}
+        save_atomic(json.dumps(summary, indent=1), recorder.out / "summary.json")
         status(f"{images:,} images made, {state.seconds:.0f} s of synthesis and distillation", True)
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-def keep_freed_memory() -> None:
-    """glibc: fetching zeroed pages from the system anew at each step takes time."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):        # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)         # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code: 0 done, 2 something to mend (one line says what), 130 Ctrl-C."""
     config = None
     try:
         config = parse_args(argv)                        # no file is written before `run`
-        keep_freed_memory()
+        # glibc: fetching zeroed pages from the system anew at each step takes time.
+        with contextlib.suppress(OSError, AttributeError, TypeError):    # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)     # M_MMAP_MAX, M_TRIM_THRESHOLD
         torch.backends.cudnn.allow_tf32 = config.precision == "bf16"
         join_processes(config)                           # see section 8
         run(config)
+        if world() > 1:
+            dist.destroy_process_group()
         return 0
     except SystemExit as stop:                           # --help, or a flag that argparse refuses
         return stop.code                                 # 0 or 2
@@ -1670,9 +1593,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         known = isinstance(error, (UserError, FloatingPointError))
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
-        if re.search("not enough memory|out of memory|allocate memory", str(error)):
+        if "memory" in str(error):
             hint = "; lower a batch size, --bank-capacity or --generator-width"
-        print(f"error: {first_line(error)}{hint}", file=sys.stderr)
+        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main():
         teacher = C.get_teacher(config, len(names), None, lambda *args: None)
     else:                                                # an untrained one is as fast
         net = C.build_model(config.teacher, len(names), config.image_size)
-        teacher = C.with_normalisation(net, *C.IMAGENET).eval().requires_grad_(False)
+        teacher = C.Normalized(net, *C.IMAGENET).eval().requires_grad_(False)
     student = C.fresh_student(config, teacher, len(names))
 
     def variant(**changes):
