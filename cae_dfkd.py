@@ -101,11 +101,10 @@ def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The defaults are the CPU recipe; all numbers are [our choice].
+    """Every setting of a run. The defaults are for CIFAR-10 on a CPU; PRESETS has others.
 
-    The comment behind a number: what another one cost in points of accuracy after 4 to 6 minutes of
-    CIFAR-10, ResNet-20 to ResNet-8, one seed; 2 are noise, and eq. 8 had another form then. What
-    data set and device change is in PRESETS.
+    All numbers are [our choice]. The comment behind one: points of accuracy lost with that other
+    value after 4 to 6 minutes, ResNet-20 to ResNet-8, one seed, an earlier eq. 8; below 2 is noise.
     """
     # The run
     dataset: str = setting("shapes", "shapes, cifar10, cifar100, svhn, stl10, or a folder")
@@ -116,7 +115,7 @@ class Config:
     seed: int = setting(0, "seed of everything random", 0, 1e12)
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     precision: str = setting("auto", "of the networks", choices=("auto", "fp32", "bf16"))
-    out: str | None = setting(None, "run directory (default: a new one in runs/)")
+    out: str | None = setting(None, "run directory; else a new one in runs/")
     resume: bool = setting(False, "go on from last.pt in the run directory --out")
     eval_only: str | None = setting(None, "score this student.pt and stop")
     eval_every: int = setting(25, "cycles between evaluations on the test split")
@@ -136,7 +135,7 @@ class Config:
     # Phase A, synthesis
     prior: str = setting("teacher", "category embeddings: teacher, index, or a (K, E) .npy file")
     cend: bool = setting(True, "diffuse category embeddings; without, plain noise goes in")
-    magnitudes: tuple[float, ...] = setting((1.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
+    magnitudes: tuple[float, ...] = setting((2.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
     generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)   # 32 costs 2
     decoupled: bool = setting(True, "train generator and student in separate phases")
     synth_batch: int = setting(128, "images of a synthesis round", 2)
@@ -211,9 +210,10 @@ def parse_args(argv: list[str] | None) -> Config:
     config = Config(**PRESETS.get(preset, {}) | given)
     config.student = config.student or STUDENTS.get(config.teacher, "resnet8")
     if config.precision == "auto":                       # bf16 only where it is not emulated
-        bf16 = {"cpu": getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
-                "cuda": lambda: torch.cuda.is_bf16_supported(False)}
-        config.precision = "bf16" if bf16.get(device, bool)() else "fp32"
+        cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)     # private
+        cuda = functools.partial(torch.cuda.is_bf16_supported, False)
+        fast = {"cpu": cpu, "cuda": cuda}.get(device, lambda: False)()
+        config.precision = "bf16" if fast else "fp32"
     return config
 
 def autocast(like: Tensor, config: Config) -> torch.autocast:
@@ -328,7 +328,7 @@ def last_layer(model: nn.Module, kind: type) -> nn.Module:
     """The last layer of a kind, in the order of definition; raises UserError if there is none."""
     layers = [m for m in model.modules() if isinstance(m, kind)]
     if not layers:
-        raise UserError(f"the network has no nn.{kind.__name__}, so no embedding to read")
+        raise UserError(f"the network has no nn.{kind.__name__}, where its features are read")
     return layers[-1]
 
 @contextlib.contextmanager
@@ -377,10 +377,11 @@ def load_teacher(arch: str, num_classes: int, path: str | Path, mean=None, std=N
             mean, std = (stored.get(key, other) for key, other in zip(("mean", "std"), default))
         return Normalized(net, mean, std).eval().requires_grad_(False)
 
-def export(model: Normalized, arch: str, **more) -> dict:
-    """Weights, architecture, normalisation, all on the CPU: a file that `load_teacher` reads."""
+def export(model: Normalized, arch: str, config: Config) -> dict:
+    """Weights and what they are of, all on the CPU: a file that `load_teacher` reads."""
     return {"state_dict": {k: v.cpu() for k, v in model.net.state_dict().items()}, "arch": arch,
-            "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(), **more}
+            "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
+            "image_size": config.image_size, "dataset": dataset_name(config.dataset)}
 
 def save_atomic(thing, path: Path) -> None:
     """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
@@ -390,7 +391,7 @@ def save_atomic(thing, path: Path) -> None:
     temporary.replace(path)                              # atomic on one file system
 
 def seed_for(config: Config, i: int) -> None:
-    """Seed what is random in cycle or epoch i: a resumed run draws what the unbroken one drew."""
+    """Seed what is random in cycle or epoch i > 0: a resumed run draws as an unbroken one."""
     torch.manual_seed(1_000_003 * config.seed + i)       # of all devices
 
 def to_float(images: Tensor, device: str | torch.device) -> Tensor:
@@ -425,7 +426,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     epochs, done = config.teacher_epochs, 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
-    parts, settings = [model, optimizer, schedule], [epochs, config.seed, config.precision]
+    parts, settings = [model, optimizer, schedule], [len(data), config.seed, config.precision]
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
         for part, state in zip(parts, saved["parts"]):
@@ -434,7 +435,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     steps, start = 0, time.monotonic()                   # for the rate
     model.train()
     for epoch in range(done, epochs):
-        seed_for(config, epoch)
+        seed_for(config, epoch + 1)
         for images, labels in loader:
             images = augment(to_float(images, config.device))
             with autocast(images, config):
@@ -449,7 +450,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
                    f"images/s, {each * left / 60:.1f} minutes left")
         save_atomic({"settings": settings, "epochs": epoch + 1,
                      "parts": [part.state_dict() for part in parts]}, unfinished)
-    save_atomic(export(model, config.teacher, epochs=epochs), path)
+    save_atomic(export(model, config.teacher, config), path)
     unfinished.unlink()
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                             # mean, std
@@ -480,7 +481,7 @@ PUBLIC_TEACHERS = {   # (data set, network): (address, SHA-256 or its beginning,
 
 def dataset_name(dataset: str) -> str:
     """A name for files; folders of one name are told apart by a digest of their place."""
-    if dataset in BUILT_IN or dataset.startswith("shapes"):
+    if dataset in BUILT_IN or dataset in ("shapes", "shapes-unseen"):
         return dataset
     place = Path(dataset).resolve()
     return f"{place.name}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
@@ -493,23 +494,25 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     that of the public teacher which the file is, else the data set's, else ImageNet's.
     """
     name, size = f"{dataset_name(config.dataset)}_{config.teacher}", config.image_size
-    path = own = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
+    path = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
     public = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
     if config.teacher_ckpt:
-        path = Path(config.teacher_ckpt)
-    elif public and not (own.exists() or config.train_teacher):
+        path, public = Path(config.teacher_ckpt), None
+    elif path.exists() and not config.train_teacher:
+        public = None
+    elif public and not config.train_teacher:
         address, sha, *_ = public
-        path = own.with_stem(f"{name}-{sha or 'public'}")    # its digest: torch.hub checks it
+        path = path.with_stem(f"{name}-{sha or 'public'}")   # its digest: torch.hub checks it
         with explain(f"cannot fetch {address}: put the file there as {path}, or --train-teacher"):
-            torch.hub.load_state_dict_from_url(address, str(own.parent), "cpu", True, bool(sha),
+            torch.hub.load_state_dict_from_url(address, str(path.parent), "cpu", True, bool(sha),
                                                path.name, weights_only=True)
-    # One that was trained here is taken only if for as long as is asked for now.
-    elif not own.exists() or config.teacher_epochs != load_safely(own).get(
-            "epochs", config.teacher_epochs):
-        status(f"training {config.teacher} for {config.teacher_epochs} epochs, into {own}", True)
-        train_teacher(config, num_classes, train_data(), own, status)
-    if path == own or config.teacher_ckpt:               # is it a public one after all?
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    else:
+        path, public = path.with_stem(f"{path.stem}_{config.teacher_epochs}epochs"), None
+        if not path.exists():
+            status(f"training {config.teacher} into {path}", True)
+            train_teacher(config, num_classes, train_data(), path, status)
+    if public is None and path.is_file():                # is it a public one after all?
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         public = next((row for row in PUBLIC_TEACHERS.values()
                        if row[1] and digest.startswith(row[1])), None)
     default = public[3] if public else NORMALISATION.get(config.dataset, IMAGENET)
@@ -518,7 +521,7 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     return load_teacher(config.teacher, num_classes, path, config.mean, config.std, default,
                         size).to(config.device)
 
-# ===== 3. CEND, generator, memory bank. The method begins: no files, clocks, ranks, arguments =====
+# ===== 3. CEND, generator, memory bank. The method begins: no files, clocks, ranks, argparse ======
 
 def centre_and_scale(embeddings: Tensor) -> Tensor:
     """Raw category embeddings (K, E) -> centred and scaled by one number.           [our choice]
@@ -545,9 +548,11 @@ class CEND(nn.Module):
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
     category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
+    Without noise, M = 0, all images of a category in a round are one, and the student loses 18
+    points; how strong it is from 1 on, and from how many sources, matters little (README).
     """
 
-    def __init__(self, category_embeddings: Tensor, magnitudes=(1.0, 1.0, 1.0, 1.0)):
+    def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
         self.register_buffer("embeddings", category_embeddings.clone())
         self.register_buffer("magnitudes", torch.tensor(magnitudes, dtype=torch.float32))
@@ -808,7 +813,7 @@ class State(nn.Module):
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(),
                                                     config.generator_lr, betas=(0.5, 0.999))
         self.cycle, self.seconds = 0, 0.0                # seconds: kept by the caller of `distill`
-        # Of a batch: the share of this process, and from the shares the whole; see section 8.
+        # share: the rows of a batch that are this process's; gather: those of all. See section 8.
         self.share = self.gather = lambda rows: rows
 
     def get_extra_state(self) -> dict:
@@ -856,8 +861,8 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
     """
     set_training(state.student, False)                   # eval: no statistics change
     e = state.cend.embeddings
-    # As many images of each category as of the others. The draw is held for the round, since a few
-    # steps can fit the images of one draw but not a map from all noise.              [our choice]
+    # Categories in turn, from a random first. The draw is held for the round, since a few steps
+    # can fit the images of one draw but not a map from all noise.                    [our choice]
     first = torch.randint(len(e), (), device=e.device)
     all_labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
     e_hat = state.cend(all_labels)[0] if config.cend else torch.randn_like(e[all_labels])   # eq. 1
@@ -866,7 +871,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
         # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
         # learnt to draw for this teacher, stays.
         state.generator.seed_layer.reset_parameters()
-        state.generator_optimizer.state.clear()          # Adam
+        state.generator_optimizer.state.clear()          # its moments
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
     for _ in range(config.synth_steps if config.decoupled else 1):
         images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
@@ -950,7 +955,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     # Coupled training, an ablation: one generator step and one student step in turns.
     turns = 1 if config.decoupled else config.kd_steps
     while (over := progress()) < 1:
-        seed_for(config, state.cycle)
+        seed_for(config, state.cycle + 1)
         # A cosine that begins slowly: at full step size from the start, a deep student learns
         # nothing for long (ResNet-20 after 40 cycles: 27 instead of 68 %, one seed, earlier eq. 8).
         lr = config.student_lr * (1 + math.cos(math.pi * over)) / 2
@@ -1106,7 +1111,7 @@ def detection_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: 
     locations, seeded draws from all images. "detections": boxes, labels, scores. [our choice]
     """
     backbone.eval()
-    k = len(categories) if categories else 1 + int(max(t["labels"].max() for _, t in train))
+    k = len(categories or []) or 1 + max(i for _, t in train for i in t["labels"].tolist())
     rows, draw, each = [], torch.Generator().manual_seed(0), most // len(train) + 1
     for image, target in train:
         x, centres = dense_features(backbone, image, device)
@@ -1173,12 +1178,12 @@ def shape_mask(labels, names: list[str], dx, dy, angle) -> np.ndarray:
         mask[i] = SHAPES[name](u[i], v[i], np.hypot(u[i], v[i]), np.maximum(abs(u[i]), abs(v[i])))
     return mask
 
-def draw_scenes(n: int, names: list[str], seed: int, size: int = 96, most: int = 4,
+def draw_scenes(n: int, names: list[str], seed: int | list[int], size: int = 96, most: int = 4,
                 radius: tuple[float, float] = (9, 17)) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """n images, uint8 (3, size, size), of 1 to `most` shapes, each with their boxes and labels.
+    """n images, uint8 (3, size, size), of 1 to `most` shapes, with their boxes (m, 4), labels (m,).
 
-    Shapes do not overlap and have a radius in pixels between the two; one that finds no room is
-    left out. Place, size, angle, colours, shading of the ground and noise vary.
+    radius: smallest and largest, in pixels. Each further shape takes the first of 20 places that is
+    clear of those before it, or is left out. Angle, colours, shading of the ground and noise vary.
     """
     rng = np.random.default_rng(seed)
 
@@ -1190,8 +1195,7 @@ def draw_scenes(n: int, names: list[str], seed: int, size: int = 96, most: int =
     images = back + uniform(-0.2, 0.2, 1, 1, 1) * xx + uniform(-0.2, 0.2, 1, 1, 1) * yy
     placed = np.zeros((n, 0, 3), np.float32)             # x, y, radius of what is there, in [-1, 1]
     targets = [{"boxes": [], "labels": []} for _ in range(n)]
-    for i in range(most):                                # one more shape in each image at once, at
-        # the first of 20 places that is clear of the shapes before it
+    for i in range(most):                                # one more shape in each image at once
         r, labels = uniform(*radius) * 2 / size, rng.integers(len(names), size=n)
         reach = 1.3 * r[:, None, None]                   # corners reach out of the radius
         places = (1 - reach) * uniform(-1, 1, 20, 2)                                # (n, 20, 2)
@@ -1217,7 +1221,8 @@ def draw_scenes(n: int, names: list[str], seed: int, size: int = 96, most: int =
 
 def draw_shapes(n: int, names: list[str], seed: int, size: int = 32) -> TensorDataset:
     """n images, uint8 (n, 3, size, size), of one shape each, and labels (n,)."""
-    images, targets = zip(*draw_scenes(n, names, seed, size, 1, (0.2 * size, 0.33 * size)))
+    images, targets = zip(*(scene for i in range(0, n, 500) for scene in draw_scenes(
+        min(500, n - i), names, [seed, i], size, 1, (0.2 * size, 0.33 * size))))
     return TensorDataset(torch.stack(images), torch.cat([target["labels"] for target in targets]))
 
 BUILT_IN = {   # name: (maker, the files it needs under --data-root)
@@ -1351,7 +1356,7 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
             gradient /= world()
 
 def connect(state: State) -> None:
-    """Draws are the same in all processes, rows of a batch are shared out, losses see all rows."""
+    """Draws are the same in all processes, rows are shared out, losses over pairs see all rows."""
     warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)    # nothing public yet
     state.share = lambda rows: rows.chunk(world())[rank()]               # rows of this process
     state.gather = lambda rows: torch.cat(all_gather(rows.contiguous())) # with gradient
@@ -1390,7 +1395,7 @@ def save_detections(scenes: Dataset, found: list[list], path: Path, columns: int
                 colours[k % len(colours)] for k in labels[best].tolist()]) if len(best) else (
                 scenes[i][0])
             tiles.append(transforms.functional.resize(image, [192, 192]) / 255)
-    torchvision.utils.save_image(torch.stack(tiles), path, nrow=columns)
+    torchvision.utils.save_image(torch.stack(tiles), path, nrow=min(columns, len(scenes)))
 
 def fresh_student(config: Config, teacher: Normalized, num_classes: int) -> Normalized:
     """The untrained student of config.seed, with the teacher's normalisation, on its device."""
@@ -1410,8 +1415,8 @@ def score(networks: dict[str, nn.Module], test: Dataset, tasks: dict[str, tuple]
     result = {"top-1": {name: top1(t, labels) for name, (t, _, labels) in seen.items()},
               "linear probe": {name: linear_probe(net, *tasks["linear probe"], config.device)
                                ["accuracy"] for name, net in networks.items()}}
-    places = {"top-1": f"{len(test)} test images", "linear probe": config.probe_dataset,
-              "detection": f"{config.detection_dataset}, AP50"}
+    sources = {"top-1": f"{len(test)} test images", "linear probe": config.probe_dataset,
+               "detection": f"{config.detection_dataset}, AP50"}
     if "detection" in tasks:
         train, scenes, names = tasks["detection"]
         found = {name: detection_probe(network, train, scenes, config.device, names)
@@ -1421,7 +1426,7 @@ def score(networks: dict[str, nn.Module], test: Dataset, tasks: dict[str, tuple]
             save_detections(scenes, [probe["detections"] for probe in found.values()],
                             Path(config.out, "detection.png"))
     for title, values in result.items():
-        status(f"{title} on {places[title]}: " + ", ".join(
+        status(f"{title} on {sources[title]}: " + ", ".join(
             f"{name} {value:.2f}" for name, value in values.items()), True)
     if "teacher" in seen:
         agreement = top1(seen["student"][0], seen["teacher"][0].argmax(1))
@@ -1433,7 +1438,7 @@ def evaluate_only(config: Config, status: Status) -> None:
     path, stored = config.eval_only, load_safely(config.eval_only)
     if "arch" not in stored:
         raise UserError(f"{path} does not say its architecture: give a student.pt of this program")
-    if config.dataset == "shapes" != stored.get("dataset", "shapes"):
+    if config.dataset == "shapes" and stored.get("dataset", "shapes") != "shapes":
         raise UserError(f"{path} was distilled for {stored['dataset']}: give --dataset")
     config = dataclasses.replace(config, image_size=stored.get("image_size", 32), out=None)
     test, names = load_data(config.dataset, "test", config.data_root, config.image_size)
@@ -1445,7 +1450,7 @@ class Recorder:
 
     def __init__(self, config: Config, state: State, test: Dataset, status: Status):
         self.config, self.state, self.test, self.status = config, state, test, status
-        self.out, self.save_at, kept = Path(config.out), -math.inf, []
+        self.out, self.next_save, kept = Path(config.out), -math.inf, []
         if config.resume:                                # the log is cut to where last.pt is
             state.load_state_dict(load_safely(self.out / "last.pt"))
             kept = (self.out / "metrics.jsonl").read_text().splitlines(True)[:state.cycle]
@@ -1459,7 +1464,7 @@ class Recorder:
         begin = time.perf_counter()
         if rank() == 0:
             save_atomic(self.state.state_dict(), self.out / "last.pt")
-        self.save_at = time.perf_counter() + 50 * (time.perf_counter() - begin)     # hence 2 %
+        self.next_save = time.perf_counter() + 50 * (time.perf_counter() - begin)     # hence 2 %
 
     def progress(self) -> float:
         """Fraction of the run that is over: of --minutes, or of --cycles."""
@@ -1480,9 +1485,9 @@ class Recorder:
         if rank() == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if time.perf_counter() > self.save_at:
+            if time.perf_counter() > self.next_save:
                 self.save()
-        over = self.progress()                           # at least one cycle of it
+        over = self.progress()                           # > 0: a cycle is done
         shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
         self.status(f"distilling: {over:.0%}, cycle {state.cycle}, "
                     f"{state.seconds / 60 * (1 / over - 1):.1f} minutes left, "
@@ -1505,8 +1510,8 @@ def choose_directory(config: Config) -> str:
     """--out, which has to be free unless it is resumed; else a new one in runs/."""
     words = dataset_name(config.dataset), config.teacher, config.student, str(config.seed)
     out = Path(config.out or f"runs/{'_'.join(words)}_{datetime.now():%Y%m%d-%H%M%S}")
-    first = {"config.json", "metrics.jsonl", "last.pt.tmp"}      # of a run killed in its first save
-    if not config.resume and any(path.name not in first for path in out.glob("*")):
+    leftovers = {"config.json", "metrics.jsonl", "last.pt.tmp"}  # of a run killed in its first save
+    if not config.resume and any(path.name not in leftovers for path in out.glob("*")):
         raise UserError(f"{out} is not empty: --resume the run in it, or take another --out")
     return str(out)
 
@@ -1532,10 +1537,10 @@ def run(config: Config) -> None:
         status(f"{config.cycles} cycles will take about {expected_minutes(teacher, config):.0f} "
                f"minutes on this machine; --minutes N ends them after N", True)
     logits, _, labels = predict(teacher, test, config.device)
-    known = top1(logits, labels)
-    status(f"teacher {config.teacher}: {known:.2f} % on {len(test)} test images" + (
+    accuracy = top1(logits, labels)
+    status(f"teacher {config.teacher}: {accuracy:.2f} % on {len(test)} test images" + (
         "; next to nothing: are --mean, --std and the order of the classes its own?"
-        if known < 5 + 100 / len(names) else ""), True)
+        if accuracy < 5 + 100 / len(names) else ""), True)
     real = train() if config.real_kd else []
     config.bank_capacity = len(real) or config.bank_capacity
     student = fresh_student(config, teacher, len(names))
@@ -1552,8 +1557,7 @@ def run(config: Config) -> None:
     recorder.save()                                      # the last state, not the best
     if rank() == 0:
         save_samples(state.bank, recorder.out / "samples.png")
-        save_atomic(export(student, config.student, image_size=config.image_size,
-                           dataset=dataset_name(config.dataset)), recorder.out / "student.pt")
+        save_atomic(export(student, config.student, config), recorder.out / "student.pt")
         networks = {"student": student, "teacher": teacher,
                     "untrained": fresh_student(config, teacher, len(names))}
         images = 0 if config.real_kd else state.bank.pushed
@@ -1593,7 +1597,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         known = isinstance(error, (UserError, FloatingPointError))
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
-        if "memory" in str(error):
+        if "allocate" in str(error) or "out of memory" in str(error):
             hint = "; lower a batch size, --bank-capacity or --generator-width"
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
