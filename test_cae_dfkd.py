@@ -1253,7 +1253,7 @@ C.torch.save = slow
 save = C.Recorder.save
 def always(self):
     save(self)
-    self.save_at = 0
+    self.next_save = 0
 C.Recorder.save = always
 sys.exit(C.main())
 """
