@@ -146,14 +146,15 @@ class Config:
     bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
     warmup_rounds: int = setting(4, "further rounds before the first student step", 0)
     # Phase B, distillation
-    kd_steps: int = setting(40, "student steps of a cycle")                     # 80 costs 4
-    batch_size: int = setting(128, "images of a student step", 2)
-    student_lr: float = setting(0.2, "SGD step size of the student, annealed by a cosine")
+    kd_steps: int = setting(80, "student steps of a cycle")
+    batch_size: int = setting(64, "images of a student step", 2)
+    student_lr: float = setting(0.15, "SGD step size of the student, annealed by a cosine")
     lr_warmup: int = setting(5, "cycles in which it grows to --student-lr")     # see `distill`
     kd_temperature: float = setting(20.0, "temperature τ of eq. 7")             # 4 costs 2
     lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)     # 0: README
     lambda_cncl: float = setting(0.1, "weight of the contrastive term, eq. 9", 0)
-    places: int = setting(4, "per image, where eq. 8 compares feature maps; 0: nowhere", 0, 4096)
+    places: int = setting(4, "per image, where eq. 8 compares feature maps; 0: none", 0, 4096)
+    colour_jitter: float = setting(0.3, "how far colours of the bank's images vary", 0, 1)
     real_kd: bool = setting(False, "for comparison, not data-free: the bank holds real images")
 
     def __post_init__(self):
@@ -399,6 +400,12 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     images = images.to(device, non_blocking=True)
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.contiguous(memory_format=torch.channels_last)
+
+def jitter_colours(images: Tensor, strength: float) -> Tensor:
+    """Gain of channels up to ±strength, brightness up to ±⅔ of that, per image.      [our choice]"""
+    gain = 1 + strength * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
+    shift = strength / 1.5 * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
+    return (images * gain + shift).clamp(0, 1)
 
 def augment(images: Tensor, pad: int = 4) -> Tensor:
     """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
@@ -731,13 +738,29 @@ def category_aware_embedding_loss(z: Tensor, targets: Tensor, labels: Tensor,
     Form: InfoNCE with category-aware negatives [our choice]. The student is to tell by its
     embedding what it has seen from what belongs to *other* categories; two images of one category
     need not be told apart, which would work against eq. 9. Targets are centred, since features
-    after a ReLU all point into one corner.
+    after a ReLU all point into one corner. `student_step` applies it to pooled embeddings and, as
+    those are means and say nothing of where what is, at some places of the feature maps: of the
+    last one of *each* resolution, which teaches the lower layers directly.
     """
     z, f = at_least_float32(z), at_least_float32(targets)
     z, f = F.normalize(z, dim=1), F.normalize(f - f.mean(0), dim=1)
     similarity = at_least_float32(z @ f.to(z.dtype).T) / temperature                # (N, N)
     kin = (labels[:, None] == labels).fill_diagonal_(False)          # neither target nor negative
     return F.cross_entropy(similarity.masked_fill(kin, -1e9), torch.arange(len(z), device=z.device))
+
+def resolution_ends(model: nn.Module) -> list[nn.Module]:
+    """Where a resolution ends: the layers with a stride, which lower it, and the last pooling."""
+    strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d))
+               and m.stride not in (1, (1, 1))]
+    return [*strided, last_layer(model, nn.AdaptiveAvgPool2d)]
+
+def last_maps(heard: dict[nn.Module, Tensor]) -> list[Tensor]:
+    """What entered them: the last feature map (B, D, h, w) of each resolution, coarsest first.
+
+    Teacher and student are compared in this order, also where their resolutions differ.
+    """
+    maps = {x.shape[2:]: x for x in heard.values() if x.ndim == 4 and x.shape[1] > 3}   # no image
+    return list(maps.values())[::-1]
 
 def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
     """Feature map (B, D, h, w), places (B, n, 2) in [0, 1) of its height and width -> (B n, D).
@@ -793,9 +816,17 @@ class State(nn.Module):
                             f"and ({len(rows)}, E), a row for each category of the teacher")
         self.student, self.cend = student, CEND(centre_and_scale(prior), config.magnitudes)
         self.generator = Generator(prior.shape[1], config.image_size, config.generator_width)
-        # h: a linear projection serves eq. 8 and eq. 9, another one eq. 8 at places. [our choice]
-        widths = last_layer(student, nn.Linear).in_features, rows.shape[1]
-        self.projection, self.place_projection = nn.Linear(*widths), nn.Linear(*widths)
+        # h: a linear projection serves eq. 8 and eq. 9, others eq. 8 at places.      [our choice]
+        self.projection = nn.Linear(last_layer(student, nn.Linear).in_features, rows.shape[1])
+        self.place_projections = nn.ModuleList()
+        if config.places and config.lambda_cae:
+            maps, image = [], torch.zeros(1, 3, config.image_size, config.image_size)
+            for net in (student, teacher):
+                with torch.no_grad(), listen(*resolution_ends(net)) as heard:
+                    net.eval()(image.to(rows.device))
+                maps.append(last_maps(heard))
+            self.place_projections.extend(nn.Linear(map_s.shape[1], map_t.shape[1])
+                                          for map_s, map_t in zip(*maps))
         # Coupled training learns from one fresh batch at a time: the bank holds no more.
         self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
                                config.image_size)
@@ -805,7 +836,7 @@ class State(nn.Module):
         if config.lambda_fm and not self.matching.layers:
             warnings.warn("the teacher has no BatchNorm: feature matching is off", stacklevel=2)
         # SGD with a cosine, Adam for the generator: as in most of the literature.   [our choice]
-        learning = [p for part in (student, self.projection, self.place_projection)
+        learning = [p for part in (student, self.projection, self.place_projections)
                     for p in part.parameters()]
         self.student_optimizer = torch.optim.SGD(learning, config.student_lr, 0.9, nesterov=True,
                                                  weight_decay=1e-4)
@@ -886,26 +917,26 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
                  ) -> dict[str, Tensor]:
     """One SGD step of student and h on eq. 10, for images (B, 3, H, W) -> its terms, detached."""
     l_cae = l_cncl = torch.zeros((), device=images.device)
-    both, at_places = (teacher, state.student), config.places and config.lambda_cae
-    heads = [last_layer(net, nn.Linear) for net in both]                 # what enters: f (B, D)
-    pools = [last_layer(net, nn.AdaptiveAvgPool2d) for net in both if at_places]    # (B, D, h, w)
-    with listen(*heads, *pools) as heard, autocast(images, config):
+    heads = [last_layer(net, nn.Linear) for net in (teacher, state.student)]        # f enters it
+    ends = [resolution_ends(net) if state.place_projections else []
+            for net in (teacher, state.student)]
+    with (listen(heads[0], *ends[0]) as heard_t, listen(heads[1], *ends[1]) as heard_s,
+          autocast(images, config)):
         with torch.no_grad():
             t = teacher(images)
         s = state.student(images)                        # train mode: its BatchNorm learns
-        f_t, f_s = (heard[head] for head in heads)
-        z, labels = state.projection(f_s), state.gather(labels)
-        if pools:                                        # some places in each image, drawn anew
-            places = state.share(torch.rand(len(labels), config.places, 2, device=labels.device))
-            rows_t, rows_s = (read_places(heard[pool], places) for pool in pools)   # (B n, D)
-            z_places = state.gather(state.place_projection(rows_s))
-    z, f_t = state.gather(z), state.gather(f_t)
+        z, labels = state.gather(state.projection(heard_s[heads[1]])), state.gather(labels)
+        # Some places in each image, drawn anew: the same in the maps of all resolutions.
+        places = state.share(torch.rand(len(labels), config.places, 2, device=labels.device))
+        pairs = [(state.gather(project(read_places(map_s, places))),
+                  state.gather(read_places(map_t, places)))                         # (B n, D) each
+                 for project, map_s, map_t in zip(state.place_projections, last_maps(heard_s),
+                                                  last_maps(heard_t))]
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
     if config.lambda_cae:
-        l_cae = category_aware_embedding_loss(z, f_t, labels)                       # eq. 8
-        if pools:
-            l_cae = l_cae + category_aware_embedding_loss(                          # at places
-                z_places, state.gather(rows_t), labels.repeat_interleave(config.places))
+        f_t, of_place = state.gather(heard_t[heads[0]]), labels.repeat_interleave(config.places)
+        l_cae = category_aware_embedding_loss(z, f_t, labels) + sum(                # eq. 8
+            category_aware_embedding_loss(*pair, of_place) for pair in pairs)
     if config.lambda_cncl:
         l_cncl = contrastive_loss(z, labels)                                        # eq. 9
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
@@ -926,7 +957,8 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config,
         images, labels = state.bank.sample(config.batch_size)
         # Cropped and flipped, the same for T and S. (The notes: the paper leaves the images of CNCL
         # as they are.)                                                               [our choice]
-        images, labels = state.share(augment(images)), state.share(labels)
+        images = jitter_colours(augment(images), config.colour_jitter)
+        images, labels = state.share(images), state.share(labels)
         steps.append(student_step(state, teacher, images, labels, config))
         if progress() >= 1:
             break
@@ -1451,7 +1483,10 @@ class Recorder:
         self.config, self.state, self.test, self.status = config, state, test, status
         self.out, self.next_save, kept = Path(config.out), -math.inf, []
         if config.resume:                                # the log is cut to where last.pt is
+            prior = state.cend.embeddings.clone()
             state.load_state_dict(load_safely(self.out / "last.pt"))
+            if not torch.allclose(prior, state.cend.embeddings):
+                raise UserError("the teacher's file or --prior has changed since this run began")
             kept = (self.out / "metrics.jsonl").read_text().splitlines(True)[:state.cycle]
         if rank() == 0:
             save_atomic("".join(kept), self.out / "metrics.jsonl")
