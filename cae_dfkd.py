@@ -16,8 +16,8 @@ Phase A, synthesis: for one noise draw the generator is trained for a few steps,
 recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm layers
 are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
 go to a memory bank. Phase B, distillation: the student takes some steps on images of the bank,
-towards the teacher's logits (eq. 7) and embeddings (eq. 8), with images of one category close
-together (eq. 9). So the generator makes a few images well and the student has all of them to learn
+towards the teacher's logits (eq. 7) and embeddings (eq. 8: of images, and of places in the feature
+maps of each resolution), with images of one category close together (eq. 9). So the generator makes a few images well and the student has all of them to learn
 from: the decoupled training. Coupled training would take a step of each in turns.
 
 Notation   B batch, K categories, H x W pixels, E and D width of a category's, a network's embedding
@@ -104,7 +104,7 @@ class Config:
     """Every setting of a run. The defaults are for CIFAR-10 on a CPU; PRESETS has others.
 
     All numbers are [our choice]. The comment behind one: points of accuracy lost with that other
-    value after 4 to 6 minutes, ResNet-20 to ResNet-8, one seed, an earlier eq. 8; below 2 is noise.
+    value after 4 to 6 minutes, ResNet-20 to ResNet-8, one seed, an earlier eq. 8; below 3 is noise.
     """
     # The run
     dataset: str = setting("shapes", "shapes, cifar10, cifar100, svhn, stl10, or a folder")
@@ -171,7 +171,7 @@ class Config:
 
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
-    "shapes": dict(teacher_epochs=8, cycles=32, kd_steps=50, lambda_fm=10.0, lambda_adv=0.0,
+    "shapes": dict(teacher_epochs=8, cycles=20, kd_steps=100, lambda_fm=10.0, lambda_adv=0.0,
                    student_lr=0.1),
     # Not run yet: the recipe that was measured on CPUs, for ten times as long.
     "cuda": dict(cycles=1500, bank_capacity=100_000, teacher_epochs=200, eval_every=100),
@@ -555,7 +555,7 @@ class CEND(nn.Module):
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
     category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
-    Without noise, M = 0, all images of a category in a round are one, and the student loses 18
+    Without noise, M = 0, all images of a category in a round are one, and the student loses 9
     points; how strong it is from 1 on, and from how many sources, matters little (README).
     """
 
@@ -679,7 +679,7 @@ class FeatureMatching:
         loss = matching.loss()
 
     It keeps the generator from collapsing onto a few images that the teacher is sure of: without it
-    the student loses 19 points of accuracy (README). The mean over layers is [our choice]: one
+    the student loses 24 points of accuracy (README). The mean over layers is [our choice]: one
     weight serves every depth. A teacher without BatchNorm gives 0. `average`: where a batch is
     spread over processes, a differentiable mean over them.
     """

@@ -242,10 +242,10 @@ def test_augment_moves_and_flips_whole_images():
     assert all(any(torch.equal(row, v) for row in y) for v in views) and all(any(torch.equal(row, v) for v in views) for row in y)
 
 def test_colours_change_by_image_and_channel_and_stay_in_range():
-    x = torch.full((500, 3, 2, 2), 0.5)
+    x = torch.full((5000, 3, 2, 2), 0.5)
     wild, y = C.jitter_colours(x, 1.0), C.jitter_colours(x, 0.3)
     assert torch.equal(y, y[:, :, :1, :1].expand_as(y)) and torch.equal(C.jitter_colours(x, 0.0), x)
-    assert (y.amin((0, 2, 3)) > 0.14).all() and (y.amin((0, 2, 3)) < 0.2).all() and (y.amax((0, 2, 3)) > 0.8).all()
+    assert 0.149 < y.min() < 0.2 and 0.8 < y.max() < 0.851
     assert (y[:, 0] - y[:, 1]).std() > 0.1 and y.mean((1, 2, 3)).std() > 0.1 and wild.min() == 0 and wild.max() == 1
 
 # --- networks and checkpoints ------------------------------------------------------------------------
