@@ -17,8 +17,9 @@ recognises the category in its images (eq. 3), their statistics in the teacher's
 are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
 go to a memory bank. Phase B, distillation: the student takes some steps on images of the bank,
 towards the teacher's logits (eq. 7) and embeddings (eq. 8: of images, and of places in the feature
-maps of each resolution), with images of one category close together (eq. 9). So the generator makes a few images well and the student has all of them to learn
-from: the decoupled training. Coupled training would take a step of each in turns.
+maps of each resolution), with images of one category close together (eq. 9). So the generator makes
+a few images well and the student has all of them to learn from: the decoupled training. Coupled
+training would take a step of each in turns.
 
 Notation   B batch, K categories, H x W pixels, E and D width of a category's, a network's embedding
            e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) images in [0, 1]
@@ -402,7 +403,7 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 def jitter_colours(images: Tensor, strength: float) -> Tensor:
-    """Gain of channels up to ±strength, brightness up to ±⅔ of that, per image.      [our choice]"""
+    """Gain of channels up to ±strength, brightness up to ±⅔ of it, per image.       [our choice]"""
     gain = 1 + strength * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
     shift = strength / 1.5 * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
     return (images * gain + shift).clamp(0, 1)

@@ -264,11 +264,11 @@ def test_architectures(arch):
     with C.listen(*C.resolution_ends(model)) as heard, C.listen(*stages) as entered:
         model(x)
     maps = C.last_maps(heard)  # the coarsest first, and of each resolution the last
-    torch.testing.assert_close(maps[0].mean((2, 3)), f)
+    torch.testing.assert_close(maps[0].mean((2, 3)), f, rtol=1e-3, atol=1e-3)
     assert [m.shape[-1] for m in maps[::-1]] == [32 >> i for i in range(len(maps))] and len(maps) in (3, 4)
     assert all(torch.equal(*pair) for pair in zip(maps[1:], map(entered.get, stages)))
     rows, places = C.dense_features(model, x[0, :, :16], "cpu")  # of another size
-    torch.testing.assert_close(rows.mean(0), C.forward_with_embedding(model, x[:1, :, :16])[1][0])
+    torch.testing.assert_close(rows.mean(0), C.forward_with_embedding(model, x[:1, :, :16])[1][0], rtol=1e-3, atol=1e-3)
     assert len(rows) == len(places) and places[0, 0] == places[0, 1] and places[-1].tolist() == [32 - places[0, 0], 16 - places[0, 0]]
 
 def conv(w, key, x, stride=1, pad=1):
@@ -547,8 +547,7 @@ def test_detection_probe_finds_all_with_perfect_features_and_is_deterministic():
     perfect = C.detection_probe(Painter(SCENES[0] + SCENES[1]), *SCENES, categories=list("abcdef"))
     assert perfect["ap50"] > 99 and set(perfect["per_category"]) == set("abcdef")
     torch.manual_seed(0)
-    net = C.build_model("resnet8", 4)
-    before = copy.deepcopy(net.state_dict())
+    before = copy.deepcopy((net := C.build_model("resnet8", 4)).state_dict())
     one, two = (C.detection_probe(net, *SCENES, most=2000) for _ in range(2))
     assert one["ap50"] == two["ap50"] < 60 and one["per_category"] == two["per_category"] and same(net, before)
 
@@ -669,8 +668,7 @@ def test_a_minute_budget_is_resumed_with_the_time_that_was_left(here):
     assert C.main([*FAST, "--minutes", "0.02", "--out", "runs/minutes"]) == 0
     saved = tensors("runs/minutes/last.pt")
     assert 1.2 <= saved["_extra_state"]["seconds"] < 1.8
-    saved["_extra_state"]["seconds"] = 0.6
-    torch.save(saved, "runs/minutes/last.pt")
+    torch.save(saved | {"_extra_state": saved["_extra_state"] | {"seconds": 0.6}}, "runs/minutes/last.pt")
     assert C.main(["--resume", "--out", "runs/minutes"]) == 0
     more = tensors("runs/minutes/last.pt")["_extra_state"]
     assert more["cycle"] > saved["_extra_state"]["cycle"] and 1.2 <= more["seconds"] < 1.8
@@ -871,8 +869,7 @@ def test_a_loss_that_breaks_is_named_and_keeps_the_last_good_state(function, ter
     real, calls, out = getattr(C, function), [], f"runs/broken-{term}"
     monkeypatch.setattr(C, function, lambda *args: calls.append(0) or real(*args) * (math.nan if len(calls) > good else 1))
     assert C.main([*FAST, "--cycles", "5", "--out", out]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(rf"error: not finite in cycle 3: .*\b{term}\b.*\n", error) and "--debug" not in error
+    assert re.fullmatch(rf"error: not finite in cycle 3: (?!.*--debug).*\b{term}\b.*\n", capsys.readouterr().err)
     saved = tensors(out, "last.pt")
     assert 1 <= saved.pop("_extra_state")["cycle"] <= 2 and all(v.isfinite().all() for v in saved.values())
 
@@ -885,8 +882,7 @@ def test_a_full_disk_keeps_what_was_saved(here, monkeypatch, capsys):
         real(thing, path)
     monkeypatch.setattr(C.torch, "save", full)
     assert C.main([*FAST, "--out", "runs/full"]) == 2
-    error = capsys.readouterr().err
-    assert "No space left" in error and len(error.splitlines()) == 1 and tensors("runs/full/last.pt")["_extra_state"]["cycle"] == 1
+    assert re.fullmatch(".*No space left.*\n", capsys.readouterr().err) and tensors("runs/full/last.pt")["_extra_state"]["cycle"] == 1
 
 def test_checkpoints_take_a_small_share_of_the_time(here, monkeypatch):
     real, saves = C.save_atomic, []
@@ -907,7 +903,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, workdir):
     while not (workdir / out / "last.pt").exists():
         assert run.poll() is None
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(1)
     run.send_signal(number)
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 130 and f"--resume --out {out}" in stderr
@@ -984,17 +980,16 @@ def test_import_has_no_side_effect(tmp_path):
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip() == "[] 1"
 
 def test_readme_commands_parse():
-    commands = re.findall(r"^python cae_dfkd\.py((?:.*\\\n)*.*)$", README, re.M)
+    commands = re.findall(r"^python cae_dfkd\.py(.*)$", README, re.M)
     assert len(commands) >= 4
-    for command in commands:
-        words = command.split("#")[0].replace("\\\n", " ").replace("&&", " ").split()
+    for words in (command.split("#")[0].split() for command in commands):
         if not {"--help", "--resume"} & set(words):
             C.parse_args(words)
 
 def test_readme_python_snippets_run(tmp_path, monkeypatch):
     snippets = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if not re.search("import (clip|matplotlib)", s)]
-    assert snippets
     monkeypatch.chdir(tmp_path)
+    assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
 
