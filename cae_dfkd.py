@@ -104,8 +104,7 @@ def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
 class Config:
     """Every setting of a run. The defaults are for CIFAR-10 on a CPU; PRESETS has others.
 
-    All numbers are [our choice]. The comment behind one: points of accuracy lost with that other
-    value after 4 to 6 minutes, ResNet-20 to ResNet-8, one seed, an earlier eq. 8; below 3 is noise.
+    All numbers are [our choice]; what was measured of them is in the README and its log.
     """
     # The run
     dataset: str = setting("shapes", "shapes, cifar10, cifar100, svhn, stl10, or a folder")
@@ -137,13 +136,13 @@ class Config:
     prior: str = setting("teacher", "category embeddings: teacher, index, or a (K, E) .npy file")
     cend: bool = setting(True, "diffuse category embeddings; without, plain noise goes in")
     magnitudes: tuple[float, ...] = setting((2.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
-    generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)   # 32 costs 2
+    generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)
     decoupled: bool = setting(True, "train generator and student in separate phases")
     synth_batch: int = setting(128, "images of a synthesis round", 2)
-    synth_steps: int = setting(12, "generator steps of a round")                # 8 costs 5
+    synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
-    lambda_fm: float = setting(19.0, "weight of feature matching, eq. 4", 0)    # 8 costs 1
-    lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)    # 0 costs 0 to 5
+    lambda_fm: float = setting(19.0, "weight of feature matching, eq. 4", 0)
+    lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)
     bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
     warmup_rounds: int = setting(4, "further rounds before the first student step", 0)
     # Phase B, distillation
@@ -151,8 +150,8 @@ class Config:
     batch_size: int = setting(64, "images of a student step", 2)
     student_lr: float = setting(0.15, "SGD step size of the student, annealed by a cosine")
     lr_warmup: int = setting(5, "cycles in which it grows to --student-lr")     # see `distill`
-    kd_temperature: float = setting(20.0, "temperature τ of eq. 7")             # 4 costs 2
-    lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)     # 0: README
+    kd_temperature: float = setting(20.0, "temperature τ of eq. 7")
+    lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)
     lambda_cncl: float = setting(0.1, "weight of the contrastive term, eq. 9", 0)
     places: int = setting(4, "per image, where eq. 8 compares feature maps; 0: none", 0, 4096)
     colour_jitter: float = setting(0.3, "how far colours of the bank's images vary", 0, 1)
@@ -402,12 +401,6 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.contiguous(memory_format=torch.channels_last)
 
-def jitter_colours(images: Tensor, strength: float) -> Tensor:
-    """Gain of channels up to ±strength, brightness up to ±⅔ of it, per image.       [our choice]"""
-    gain = 1 + strength * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
-    shift = strength / 1.5 * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
-    return (images * gain + shift).clamp(0, 1)
-
 def augment(images: Tensor, pad: int = 4) -> Tensor:
     """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
     (b, _, h, w), device = images.shape, images.device
@@ -557,7 +550,7 @@ class CEND(nn.Module):
 
     category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
     Without noise, M = 0, all images of a category in a round are one, and the student loses 9
-    points; how strong it is from 1 on, and from how many sources, matters little (README).
+    points of accuracy; whether it comes from four sources or eight makes no difference (README).
     """
 
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
@@ -739,9 +732,9 @@ def category_aware_embedding_loss(z: Tensor, targets: Tensor, labels: Tensor,
     Form: InfoNCE with category-aware negatives [our choice]. The student is to tell by its
     embedding what it has seen from what belongs to *other* categories; two images of one category
     need not be told apart, which would work against eq. 9. Targets are centred, since features
-    after a ReLU all point into one corner. `student_step` applies it to pooled embeddings and, as
-    those are means and say nothing of where what is, at some places of the feature maps: of the
-    last one of *each* resolution, which teaches the lower layers directly.
+    after a ReLU all point into one corner. An embedding is the mean over all places of the last
+    feature map, so `student_step` also applies the loss to single places: of that map, and of the
+    last map of every finer resolution, where it teaches the lower layers directly.
     """
     z, f = at_least_float32(z), at_least_float32(targets)
     z, f = F.normalize(z, dim=1), F.normalize(f - f.mean(0), dim=1)
@@ -750,17 +743,20 @@ def category_aware_embedding_loss(z: Tensor, targets: Tensor, labels: Tensor,
     return F.cross_entropy(similarity.masked_fill(kin, -1e9), torch.arange(len(z), device=z.device))
 
 def resolution_ends(model: nn.Module) -> list[nn.Module]:
-    """Where a resolution ends: the layers with a stride, which lower it, and the last pooling."""
+    """Layers that the last map of a resolution enters: any with a stride, and the last pooling."""
     strided = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d))
                and m.stride not in (1, (1, 1))]
     return [*strided, last_layer(model, nn.AdaptiveAvgPool2d)]
 
 def last_maps(heard: dict[nn.Module, Tensor]) -> list[Tensor]:
-    """What entered them: the last feature map (B, D, h, w) of each resolution, coarsest first.
+    """The last feature map (B, D, h, w) of each resolution, coarsest first.
 
-    Teacher and student are compared in this order, also where their resolutions differ.
+    heard: what entered the layers of `resolution_ends`, in the order of the forward pass. Maps of
+    teacher and student are paired in the order returned, also where their resolutions differ.
     """
-    maps = {x.shape[2:]: x for x in heard.values() if x.ndim == 4 and x.shape[1] > 3}   # no image
+    # A later map replaces an earlier one: a strided block hears its own first half, then, by its
+    # shortcut, what the stage before it gave. Embeddings (B, D) and the image itself do not count.
+    maps = {x.shape[2:]: x for x in heard.values() if x.ndim == 4 and x.shape[1] > 3}
     return list(maps.values())[::-1]
 
 def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
@@ -946,6 +942,15 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
     state.student_optimizer.step()
     return {"kd": l_kd.detach(), "cae": l_cae.detach(), "cncl": l_cncl.detach()}
 
+def jitter_colours(images: Tensor, strength: float) -> Tensor:
+    """Each channel brighter or darker by up to ±strength, each image by ±⅔ of that. [our choice]
+
+    (B, 3, H, W) in [0, 1] -> same. Drawn per image; torchvision's ColorJitter draws once a batch.
+    """
+    gain = 1 + strength * (2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1)
+    shift = strength / 1.5 * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
+    return (images * gain + shift).clamp(0, 1)
+
 def distillation_phase(state: State, teacher: nn.Module, config: Config,
                        progress: Callable[[], float] = lambda: 0.0) -> dict[str, Tensor]:
     """Phase B: student steps on images of the bank, the generator is not called -> mean terms.
@@ -956,8 +961,8 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config,
     steps = []
     for _ in range(config.kd_steps if config.decoupled else 1):
         images, labels = state.bank.sample(config.batch_size)
-        # Cropped and flipped, the same for T and S. (The notes: the paper leaves the images of CNCL
-        # as they are.)                                                               [our choice]
+        # Cropped, flipped, varied in colour, the same for T and S. (The notes: the paper leaves the
+        # images of CNCL as they are.)                                                [our choice]
         images = jitter_colours(augment(images), config.colour_jitter)
         images, labels = state.share(images), state.share(labels)
         steps.append(student_step(state, teacher, images, labels, config))
