@@ -141,7 +141,8 @@ class Config:
     synth_batch: int = setting(128, "images of a synthesis round", 2)
     synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
-    lambda_fm: float = setting(19.0, "weight of feature matching, eq. 4", 0)
+    synth_crop: bool = setting(True, "show the teacher crops of them, as in its training")
+    lambda_fm: float = setting(25.0, "weight of feature matching, eq. 4", 0)
     lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)
     bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
     warmup_rounds: int = setting(4, "further rounds before the first student step", 0)
@@ -171,7 +172,7 @@ class Config:
 
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
-    "shapes": dict(teacher_epochs=8, cycles=20, kd_steps=100, lambda_fm=10.0, lambda_adv=0.0,
+    "shapes": dict(teacher_epochs=8, cycles=20, kd_steps=100, lambda_adv=0.0,
                    student_lr=0.1),
     # Not run yet: the recipe that was measured on CPUs, for ten times as long.
     "cuda": dict(cycles=1500, bank_capacity=100_000, teacher_epochs=200, eval_every=100),
@@ -401,14 +402,18 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.contiguous(memory_format=torch.channels_last)
 
-def augment(images: Tensor, pad: int = 4) -> Tensor:
-    """Random crop after reflection padding, and flip, drawn per image: (B, 3, H, W) -> same."""
+def augment(images: Tensor, draws: Tensor | None = None, pad: int = 4) -> Tensor:
+    """Random crop after padding with black, and flip: (B, 3, H, W) in [0, 1] -> same.
+
+    What nearly every teacher for small images was trained on. draws (B, 3) in [0, 1): where each
+    image is cut, down and across, and whether it is flipped; else drawn here.
+    """
     (b, _, h, w), device = images.shape, images.device
-    top, left = pad + torch.randint(-pad, pad + 1, (2, b, 1), device=device)
-    flip = torch.rand(b, 1, device=device) < 0.5
+    draws = torch.rand(b, 3, device=device) if draws is None else draws
+    top, left = (draws[:, :2, None] * (2 * pad + 1)).long().unbind(1)               # (B, 1) each
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-    rows, columns = top + rows, left + torch.where(flip, w - 1 - columns, columns)  # (B, H), (B, W)
-    padded = F.pad(images, (pad,) * 4, mode="reflect").permute(0, 2, 3, 1)          # pixels last
+    columns = left + torch.where(draws[:, 2:] < 0.5, w - 1 - columns, columns)      # (B, W)
+    rows, padded = top + rows, F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)        # pixels last
     image = torch.arange(b, device=device)[:, None, None]                           # (B, 1, 1)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -657,16 +662,20 @@ class BatchStatistics(torch.autograd.Function):
         m = x.numel() // x.shape[1]
         return F.batch_norm(x, mean, torch.ones_like(mean), 2 * g_var / m, g_mean / m, eps=0.0)
 
-def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor
-                        ) -> Tensor:
-    """One layer of eq. 4: ‖μ(x̂) - μ‖₂ + ‖σ²(x̂) - σ²‖₂. (C,) each -> scalar >= 0."""
-    norm = torch.linalg.vector_norm
-    return norm(mean - running_mean) + norm(var - running_var)
+def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor,
+                        eps: float = 1e-4) -> Tensor:
+    """One layer of eq. 4: ‖(μ(x̂) - μ)/σ‖₂ + ‖(σ²(x̂) - σ²)/σ²‖₂. (C,) each -> scalar >= 0.
+
+    DeepInversion does not divide; then a few channels of large values are all that counts.
+    [our choice] eps: added to σ², for channels that are always 0.
+    """
+    norm, scale = torch.linalg.vector_norm, running_var + eps                       # σ²
+    return norm((mean - running_mean) / scale.sqrt()) + norm((var - running_var) / scale)
 
 class FeatureMatching:
     """Teacher-guided feature distribution matching, eq. 4 (paper; form of DeepInversion).
 
-    L_FM = mean over BatchNorm layers l of ‖μ_l(x̂) - μ_l‖₂ + ‖σ²_l(x̂) - σ²_l‖₂
+    L_FM = mean over BatchNorm layers l of ‖(μ_l(x̂) - μ_l)/σ_l‖₂ + ‖(σ²_l(x̂) - σ²_l)/σ²_l‖₂
 
         with FeatureMatching(teacher) as matching:
             logits = teacher(images)
@@ -862,12 +871,20 @@ def set_training(model: nn.Module, on: bool) -> None:
 
 def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tensor, config: Config
                    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, its terms), detached."""
+    """One Adam step on eq. 6 -> (the images it was computed on, their L_G, its terms), detached.
+
+    The teacher's statistics are those of its training images, which were cropped on black and
+    flipped. So are these before it sees them, anew in each step; else black borders would be drawn
+    into the images, and the student would learn from those.                         [our choice]
+    """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with state.matching, autocast(e_hat, config):
-        images = state.generator(e_hat)                                             # eq. 2
-        t = teacher(images)
-        s = state.student(images) if config.lambda_adv else None         # in eval mode, frozen
+        images = seen = state.generator(e_hat)                                      # eq. 2
+        if config.synth_crop:                            # drawn for all processes' rows at once
+            draws = torch.rand(config.synth_batch, 3, device=e_hat.device)
+            seen = augment(images, state.share(draws))
+        t = teacher(seen)
+        s = state.student(seen) if config.lambda_adv else None           # in eval mode, frozen
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
     if state.matching.layers:
         l_fm = state.matching.loss()                                                # eq. 4

@@ -98,7 +98,8 @@ def slow_statistics(x, mean, var):
     pixels = [x[:, c].flatten().tolist() for c in range(x.shape[1])]
     means = [sum(p) / len(p) for p in pixels]
     variances = [sum((v - m) ** 2 for v in p) / len(p) for p, m in zip(pixels, means)]
-    return math.dist(means, mean) + math.dist(variances, var)
+    scale = np.asarray(var) + 1e-4
+    return math.dist(means / scale**0.5, mean / scale**0.5) + math.dist(variances / scale, var / scale)
 
 def numeric_gradient(f, x, h=1e-6):
     steps = h * np.eye(x.size).reshape(-1, *x.shape)
@@ -133,7 +134,7 @@ def test_loss_value_and_gradient(name):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-7), (torch.bfloat16, 3e-3)])
 def test_statistics_value_and_gradient(layout, dtype, tolerance):
     x = torch.tensor(rng(3, 4, 2, 5, seed=5) * 2 + 1, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
-    batch, mean, var = C.BatchStatistics.apply(x), rng(4, seed=6), np.abs(rng(4, seed=7))
+    batch, mean, var = C.BatchStatistics.apply(x), rng(4, seed=6), np.abs(rng(4, seed=7)) + 0.5
     assert batch[0].dtype == torch.promote_types(dtype, torch.float32)  # never half
     loss = C.statistics_distance(*batch, *(torch.tensor(v, dtype=batch[0].dtype) for v in (mean, var)))
     loss.backward()
@@ -236,7 +237,7 @@ def test_bank_is_first_in_first_out():
 def test_augment_moves_and_flips_whole_images():
     torch.manual_seed(0)
     x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, 3, 4, 4) / 16
-    y, padded = C.augment(x, pad=1), F.pad(x[:1], (1, 1, 1, 1), mode="reflect")
+    y, padded = C.augment(x, pad=1), F.pad(x[:1], (1, 1, 1, 1))
     crops = [padded[0, :, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
     views = crops + [crop.flip(2) for crop in crops]
     assert all(any(torch.equal(row, v) for row in y) for v in views) and all(any(torch.equal(row, v) for v in views) for row in y)
