@@ -392,8 +392,8 @@ def test_networks_of_other_widths_and_maps_and_more_classes_than_a_batch(teacher
     distilled(pair, cycles=1, image_size=32, on_cycle=lambda state, metrics: seen.append(metrics["cae"]))
     assert math.isfinite(seen[0]) and seen[0] > 1 and all(v.isfinite().all() for v in pair[1].state_dict().values())
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"places": 0}, {"colour_jitter": 0.0}, {"cend": False}, {"decoupled": False},
-                                    {"prior": "index"}, {"generator_width": 32}, {"magnitudes": (1.0,)}, {"magnitudes": (1.0,) * 8}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"places": 0}, {"colour_jitter": 0.0}, {"synth_crop": False}, {"cend": False},
+                                    {"decoupled": False}, {"prior": "index"}, {"generator_width": 32}, {"magnitudes": (2.0,) * 8}])
 def test_same_seed_same_student_and_every_switch_makes_another(change):
     plain, one, two = (distilled(build_pair(), **settings) for settings in ({}, change, change))
     assert same(one, two) and not same(plain, one)
@@ -414,6 +414,14 @@ def test_coupled_training_takes_turns_on_one_batch(monkeypatch):
     monkeypatch.setattr(C, "student_step", lambda state, *a: order.append(len(state.bank)) or real[1](state, *a))
     distilled(build_pair(), decoupled=False, kd_steps=3, cycles=1)
     assert order == ["G", 20] * 3  # the bank never holds more than the fresh batch
+
+def test_the_teacher_is_shown_crops_of_the_images():
+    state, teacher, config = fresh_state()
+    torch.manual_seed(1)
+    with C.listen(teacher) as heard:
+        images, _, _ = C.generator_step(state, teacher, torch.ones(20, 64), torch.zeros(20, dtype=torch.long), config)
+    torch.manual_seed(1)
+    assert torch.equal(heard[teacher], C.augment(images, torch.rand(20, 3)))
 
 def test_a_step_that_is_not_finite_leaves_the_best_images_alone(monkeypatch):
     (state, teacher, config), real = fresh_state(synth_steps=4), C.generator_step
@@ -501,16 +509,13 @@ def test_locations_learn_the_box_in_whose_central_half_they_lie():
     category, sides = C.assign_locations(places, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 3)
     assert (category == 3).all() and sides.shape == (64, 4)
 
-def overlap(a, b):
-    w, h = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    return w * h / (sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - w * h)
-
 def slow_average_precision(detections, truths):
     """Every detection of all images, best first; precision interpolated from the right at each new recall."""
     rows = [(s, i, b) for i, (boxes, scores) in enumerate(detections) for b, s in zip(boxes.tolist(), scores.tolist())]
     taken, points, total = set(), [], sum(map(len, truths))
     for n, (_, i, box) in enumerate(sorted(rows, reverse=True), 1):
-        free = [(overlap(box, t), (i, j)) for j, t in enumerate(truths[i].tolist()) if (i, j) not in taken]
+        overlaps = C.ops.box_iou(torch.tensor([box]), truths[i])[0].tolist()
+        free = [(most, (i, j)) for j, most in enumerate(overlaps) if (i, j) not in taken]
         taken |= {where for most, where in sorted(free)[-1:] if most >= 0.5}
         points.append((len(taken), len(taken) / n))
     return 100 * sum(max([p for right, p in points if right >= k], default=0) for k in range(1, total + 1)) / total
@@ -621,8 +626,7 @@ def here(workdir, monkeypatch):
 def test_run_directory_is_complete(workdir):
     run, out = workdir / "runs/a", (workdir / "stdout").read_text()
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "last.pt", "student.pt", "summary.json"}
-    summary = json.loads((run / "summary.json").read_text())
-    top = summary["top-1"]
+    top = (summary := json.loads((run / "summary.json").read_text()))["top-1"]
     assert 0 < top["student"] < 100 and set(top) == set(summary["linear probe"]) == {"student", "teacher", "untrained"}
     order = [out.index(text) for text in ("training resnet8 into checkpoints/shapes_resnet8_1epochs.pth",
              "2 cycles will take about 0 minutes on this machine", f"teacher resnet8: {top['teacher']:.2f} %", "distilling: ",
@@ -641,8 +645,7 @@ def test_real_kd_makes_no_image_and_holds_the_training_set_in_a_directory_of_its
 
 def test_eval_only_gives_the_summary_numbers_even_to_nobody(workdir):
     words, summary = ["--eval-only", "runs/a/student.pt", "--no-detection"], json.loads((workdir / "runs/a/summary.json").read_text())
-    out = cli(*words, cwd=workdir)
-    assert all(f"student {summary[title]['student']:.2f}" in out for title in ("top-1", "linear probe"))
+    assert (out := cli(*words, cwd=workdir)) and all(f"student {summary[k]['student']:.2f}" in out for k in ("top-1", "linear probe"))
     unread = subprocess.run(" ".join([*PROGRAM, *words, "| true"]), shell=True, cwd=workdir, capture_output=True, text=True)
     assert unread.stderr == ""
 
@@ -738,9 +741,8 @@ def test_teacher_training_goes_on_where_it_was(tmp_path):
 # --- several processes -------------------------------------------------------------------------------
 def torchrun(processes, code, *args, cwd):
     (cwd / "worker.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "worker.py"]
-    return subprocess.run([*command, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
-                          timeout=170)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "worker.py"]
+    return subprocess.run([*run, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=170)
 
 ONE_STEP = """
 import torch, cae_dfkd as C, test_cae_dfkd as T
@@ -983,16 +985,13 @@ def test_import_has_no_side_effect(tmp_path):
 def test_readme_commands_parse():
     commands = re.findall(r"^python cae_dfkd\.py(.*)$", README, re.M)
     assert len(commands) >= 4
-    for words in (command.split("#")[0].split() for command in commands):
-        if not {"--help", "--resume"} & set(words):
-            C.parse_args(words)
+    for command in commands:
+        "--resume" in command or C.parse_args(command.split("#")[0].split())
 
-def test_readme_python_snippets_run(tmp_path, monkeypatch):
-    snippets = [s for s in re.findall(r"```python\n(.*?)```", README, re.S) if not re.search("import (clip|matplotlib)", s)]
+def test_the_readme_snippet_runs(tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n((?!import clip).*?)```", README, re.S)
     monkeypatch.chdir(tmp_path)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "README.md", "exec"), {})
 
 def test_readme_leads_from_every_equation_to_its_lines():
     rows = re.findall(r"^\| (\d+) \|.*\[`(\w+)`\]\(cae_dfkd\.py#L(\d+)\) \|$", README, re.M)
