@@ -141,7 +141,7 @@ class Config:
     synth_batch: int = setting(128, "images of a synthesis round", 2)
     synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
-    synth_crop: bool = setting(True, "show the teacher crops of them, as in its training")
+    synth_crop: bool = setting(True, "the teacher sees crops of the images, as in its training")
     lambda_fm: float = setting(25.0, "weight of feature matching, eq. 4", 0)
     lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)
     bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
@@ -172,7 +172,7 @@ class Config:
 
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
-    "shapes": dict(teacher_epochs=8, cycles=20, kd_steps=100, lambda_adv=0.0,
+    "shapes": dict(teacher_epochs=8, cycles=20, kd_steps=100, lambda_fm=8.0, lambda_adv=0.0,
                    student_lr=0.1),
     # Not run yet: the recipe that was measured on CPUs, for ten times as long.
     "cuda": dict(cycles=1500, bank_capacity=100_000, teacher_epochs=200, eval_every=100),
@@ -402,18 +402,20 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.contiguous(memory_format=torch.channels_last)
 
-def augment(images: Tensor, draws: Tensor | None = None, pad: int = 4) -> Tensor:
-    """Random crop after padding with black, and flip: (B, 3, H, W) in [0, 1] -> same.
+def augment(images: Tensor, draws: Tensor | None = None, mode: str = "constant", pad: int = 4
+            ) -> Tensor:
+    """Random crop after padding, and flip: (B, 3, H, W) in [0, 1] -> same.
 
-    What nearly every teacher for small images was trained on. draws (B, 3) in [0, 1): where each
-    image is cut, down and across, and whether it is flipped; else drawn here.
+    mode, as of F.pad: "constant" is black, on which nearly every teacher for small images was
+    trained. draws (B, 3) in [0, 1): where each image is cut, down and across, and whether it is
+    flipped; else drawn here.
     """
     (b, _, h, w), device = images.shape, images.device
     draws = torch.rand(b, 3, device=device) if draws is None else draws
     top, left = (draws[:, :2, None] * (2 * pad + 1)).long().unbind(1)               # (B, 1) each
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     columns = left + torch.where(draws[:, 2:] < 0.5, w - 1 - columns, columns)      # (B, W)
-    rows, padded = top + rows, F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)        # pixels last
+    rows, padded = top + rows, F.pad(images, (pad,) * 4, mode).permute(0, 2, 3, 1)  # pixels last
     image = torch.arange(b, device=device)[:, None, None]                           # (B, 1, 1)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -666,8 +668,8 @@ def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running
                         eps: float = 1e-4) -> Tensor:
     """One layer of eq. 4: ‖(μ(x̂) - μ)/σ‖₂ + ‖(σ²(x̂) - σ²)/σ²‖₂. (C,) each -> scalar >= 0.
 
-    DeepInversion does not divide; then a few channels of large values are all that counts.
-    [our choice] eps: added to σ², for channels that are always 0.
+    DeepInversion does not divide by σ: there, channels of large values outweigh all others.
+    eps is added to σ², for channels that are nearly constant.                       [our choice]
     """
     norm, scale = torch.linalg.vector_norm, running_var + eps                       # σ²
     return norm((mean - running_mean) / scale.sqrt()) + norm((var - running_var) / scale)
@@ -682,9 +684,9 @@ class FeatureMatching:
         loss = matching.loss()
 
     It keeps the generator from collapsing onto a few images that the teacher is sure of: without it
-    the student loses 24 points of accuracy (README). The mean over layers is [our choice]: one
-    weight serves every depth. A teacher without BatchNorm gives 0. `average`: where a batch is
-    spread over processes, a differentiable mean over them.
+    the student loses 24 points of accuracy (README). The division by σ and the mean over layers are
+    [our choice]: one weight serves every channel and depth. A teacher without BatchNorm gives 0.
+    `average`: where a batch is spread over processes, a differentiable mean over them.
     """
 
     def __init__(self, teacher: nn.Module):
@@ -873,9 +875,9 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
                    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One Adam step on eq. 6 -> (the images it was computed on, their L_G, its terms), detached.
 
-    The teacher's statistics are those of its training images, which were cropped on black and
-    flipped. So are these before it sees them, anew in each step; else black borders would be drawn
-    into the images, and the student would learn from those.                         [our choice]
+    The teacher's BatchNorm layers remember crops on black padding (see `augment`). So it is shown
+    such crops, drawn anew in each step: otherwise the generator would have to draw black borders
+    into its images, and the student would learn from those.                         [our choice]
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with state.matching, autocast(e_hat, config):
@@ -978,9 +980,9 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config,
     steps = []
     for _ in range(config.kd_steps if config.decoupled else 1):
         images, labels = state.bank.sample(config.batch_size)
-        # Cropped, flipped, varied in colour, the same for T and S. (The notes: the paper leaves the
-        # images of CNCL as they are.)                                                [our choice]
-        images = jitter_colours(augment(images), config.colour_jitter)
+        # Cropped, flipped, varied in colour, the same for T and S; not on black, which no image of
+        # a test has. (The notes: the paper leaves the images of CNCL as they are.)   [our choice]
+        images = jitter_colours(augment(images, mode="reflect"), config.colour_jitter)
         images, labels = state.share(images), state.share(labels)
         steps.append(student_step(state, teacher, images, labels, config))
         if progress() >= 1:

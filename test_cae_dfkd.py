@@ -234,10 +234,10 @@ def test_bank_is_first_in_first_out():
     bank.push(torch.rand(12, 3, 2, 2), torch.arange(12))
     assert len(bank) == len(bank.images) == 5 and sorted(bank.labels.tolist()) == [7, 8, 9, 10, 11]
 
-def test_augment_moves_and_flips_whole_images():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_augment_moves_and_flips_whole_images(mode):
     x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, 3, 4, 4) / 16
-    y, padded = C.augment(x, pad=1), F.pad(x[:1], (1, 1, 1, 1))
+    y, padded = C.augment(x, torch.from_numpy(np.random.default_rng(0).random((200, 3))), mode, 1), F.pad(x[:1], (1, 1, 1, 1), mode)
     crops = [padded[0, :, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
     views = crops + [crop.flip(2) for crop in crops]
     assert all(any(torch.equal(row, v) for row in y) for v in views) and all(any(torch.equal(row, v) for v in views) for row in y)
