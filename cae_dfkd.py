@@ -30,7 +30,7 @@ eq  what                               where                            source
  1  ê = e_y + M_n ⊙ q_n                CEND                             paper
  2  x̂ = G(ê)                           Generator                        prior work (DAFL, NAYER)
  3  L_CE, category consistency         category_consistency_loss        paper
- 4  L_FM, feature matching             FeatureMatching                  paper; form of DeepInversion
+ 4  L_FM, feature matching             FeatureMatching                  paper; after DeepInversion
  5  L_adv, adversarial                 adversarial_loss                 paper; form of NAYER
  6  L_G = L_CE + λ_fm L_FM + λ_adv L_adv            generator_step      paper; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          paper; form of Hinton et al.
@@ -141,7 +141,7 @@ class Config:
     synth_batch: int = setting(128, "images of a synthesis round", 2)
     synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
-    synth_crop: bool = setting(True, "the teacher sees crops of the images, as in its training")
+    synth_crop: bool = setting(True, "show the teacher crops on black, as in its training")
     lambda_fm: float = setting(25.0, "weight of feature matching, eq. 4", 0)
     lambda_adv: float = setting(1.0, "weight of the adversarial term, eq. 5", 0)
     bank_capacity: int = setting(20_000, "images the memory bank keeps, the newest")
@@ -406,9 +406,8 @@ def augment(images: Tensor, draws: Tensor | None = None, mode: str = "constant",
             ) -> Tensor:
     """Random crop after padding, and flip: (B, 3, H, W) in [0, 1] -> same.
 
-    mode, as of F.pad: "constant" is black, on which nearly every teacher for small images was
-    trained. draws (B, 3) in [0, 1): where each image is cut, down and across, and whether it is
-    flipped; else drawn here.
+    mode, as of F.pad: "constant" is black, as in the usual recipe for CIFAR teachers. draws (B, 3)
+    in [0, 1): where each image is cut, down and across, and whether it is flipped; else drawn here.
     """
     (b, _, h, w), device = images.shape, images.device
     draws = torch.rand(b, 3, device=device) if draws is None else draws
@@ -556,8 +555,8 @@ class CEND(nn.Module):
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
     category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
-    Without noise, M = 0, all images of a category in a round are one, and the student loses 9
-    points of accuracy; whether it comes from four sources or eight makes no difference (README).
+    Without noise, M = 0, all images of a category in a round are one, and the student lost 9 points
+    of accuracy; whether it came from four sources or eight made no difference (README, rows of †).
     """
 
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
@@ -668,14 +667,14 @@ def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running
                         eps: float = 1e-4) -> Tensor:
     """One layer of eq. 4: ‖(μ(x̂) - μ)/σ‖₂ + ‖(σ²(x̂) - σ²)/σ²‖₂. (C,) each -> scalar >= 0.
 
-    DeepInversion does not divide by σ: there, channels of large values outweigh all others.
+    DeepInversion does not divide by σ: there, channels count the more the larger their values are.
     eps is added to σ², for channels that are nearly constant.                       [our choice]
     """
     norm, scale = torch.linalg.vector_norm, running_var + eps                       # σ²
     return norm((mean - running_mean) / scale.sqrt()) + norm((var - running_var) / scale)
 
 class FeatureMatching:
-    """Teacher-guided feature distribution matching, eq. 4 (paper; form of DeepInversion).
+    """Teacher-guided feature distribution matching, eq. 4 (paper; form after DeepInversion).
 
     L_FM = mean over BatchNorm layers l of ‖(μ_l(x̂) - μ_l)/σ_l‖₂ + ‖(σ²_l(x̂) - σ²_l)/σ²_l‖₂
 
@@ -684,9 +683,9 @@ class FeatureMatching:
         loss = matching.loss()
 
     It keeps the generator from collapsing onto a few images that the teacher is sure of: without it
-    the student loses 24 points of accuracy (README). The division by σ and the mean over layers are
-    [our choice]: one weight serves every channel and depth. A teacher without BatchNorm gives 0.
-    `average`: where a batch is spread over processes, a differentiable mean over them.
+    the student lost 24 points of accuracy (README; before the division by σ). That and the mean
+    over layers are [our choice]: one weight serves every channel and depth. A teacher without
+    BatchNorm gives 0. `average`: where a batch is spread over processes, a differentiable mean.
     """
 
     def __init__(self, teacher: nn.Module):
@@ -875,9 +874,9 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
                    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One Adam step on eq. 6 -> (the images it was computed on, their L_G, its terms), detached.
 
-    The teacher's BatchNorm layers remember crops on black padding (see `augment`). So it is shown
-    such crops, drawn anew in each step: otherwise the generator would have to draw black borders
-    into its images, and the student would learn from those.                         [our choice]
+    BatchNorm layers of a teacher that was trained on crops with black padding hold the statistics
+    of images with black borders. So it is shown such crops, drawn anew in each step: otherwise the
+    generator has to draw the borders, and the student learns from them.             [our choice]
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with state.matching, autocast(e_hat, config):
@@ -980,8 +979,9 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config,
     steps = []
     for _ in range(config.kd_steps if config.decoupled else 1):
         images, labels = state.bank.sample(config.batch_size)
-        # Cropped, flipped, varied in colour, the same for T and S; not on black, which no image of
-        # a test has. (The notes: the paper leaves the images of CNCL as they are.)   [our choice]
+        # Cropped, flipped, varied in colour, the same for T and S; reflected at the edges, since
+        # test images have no black ones. (The notes: the paper leaves the images of CNCL as they
+        # are.)                                                                       [our choice]
         images = jitter_colours(augment(images, mode="reflect"), config.colour_jitter)
         images, labels = state.share(images), state.share(labels)
         steps.append(student_step(state, teacher, images, labels, config))

@@ -237,7 +237,8 @@ def test_bank_is_first_in_first_out():
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_augment_moves_and_flips_whole_images(mode):
     x = torch.arange(16.0).view(1, 1, 4, 4).expand(200, 3, 4, 4) / 16
-    y, padded = C.augment(x, torch.from_numpy(np.random.default_rng(0).random((200, 3))), mode, 1), F.pad(x[:1], (1, 1, 1, 1), mode)
+    draws = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+    y, padded = C.augment(x, draws, mode, pad=1), F.pad(x[:1], (1, 1, 1, 1), mode)
     crops = [padded[0, :, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
     views = crops + [crop.flip(2) for crop in crops]
     assert all(any(torch.equal(row, v) for row in y) for v in views) and all(any(torch.equal(row, v) for v in views) for row in y)
@@ -509,13 +510,16 @@ def test_locations_learn_the_box_in_whose_central_half_they_lie():
     category, sides = C.assign_locations(places, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), 3)
     assert (category == 3).all() and sides.shape == (64, 4)
 
+def overlap(a, b):
+    w, h = (max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    return w * h / (sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)) - w * h)
+
 def slow_average_precision(detections, truths):
     """Every detection of all images, best first; precision interpolated from the right at each new recall."""
     rows = [(s, i, b) for i, (boxes, scores) in enumerate(detections) for b, s in zip(boxes.tolist(), scores.tolist())]
     taken, points, total = set(), [], sum(map(len, truths))
     for n, (_, i, box) in enumerate(sorted(rows, reverse=True), 1):
-        overlaps = C.ops.box_iou(torch.tensor([box]), truths[i])[0].tolist()
-        free = [(most, (i, j)) for j, most in enumerate(overlaps) if (i, j) not in taken]
+        free = [(overlap(box, t), (i, j)) for j, t in enumerate(truths[i].tolist()) if (i, j) not in taken]
         taken |= {where for most, where in sorted(free)[-1:] if most >= 0.5}
         points.append((len(taken), len(taken) / n))
     return 100 * sum(max([p for right, p in points if right >= k], default=0) for k in range(1, total + 1)) / total
@@ -541,7 +545,6 @@ class Painter(nn.Module):
         super().__init__()
         self.known = {image.numpy().tobytes(): target for image, target in data}
         self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(11, 2)
-
     def forward(self, x):
         target = self.known[(x[0] * 255).round().to(torch.uint8).contiguous().numpy().tobytes()]
         places = torch.cartesian_prod(torch.arange(2.0, 96, 4), torch.arange(2.0, 96, 4)).flip(1)
@@ -959,7 +962,6 @@ def test_soak(here, monkeypatch):
     memory, files = zip(*seen)
     assert len(cycles_logged("runs/soak")) == 1000 and max(memory[2:]) <= 1.05 * memory[2] and len(set(files)) == 1
 
-# --- real data ---------------------------------------------------------------------------------------
 @pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason=f"REAL DATA ABSENT: {REAL}/cifar10; set CAE_DFKD_DATA to test on it")
 def test_real_command_for_a_few_seconds_and_the_public_teacher_scores_what_it_should(tmp_path):
     out = cli("--dataset", str(REAL / "cifar10"), "--teacher-ckpt", str(REAL / "resnet20_cifar10.th"), "--prior",
@@ -984,9 +986,7 @@ def test_import_has_no_side_effect(tmp_path):
 
 def test_readme_commands_parse():
     commands = re.findall(r"^python cae_dfkd\.py(.*)$", README, re.M)
-    assert len(commands) >= 4
-    for command in commands:
-        "--resume" in command or C.parse_args(command.split("#")[0].split())
+    assert len(commands) >= 4 and all("--resume" in words or C.parse_args(words.split("#")[0].split()) for words in commands)
 
 def test_the_readme_snippet_runs(tmp_path, monkeypatch):
     (snippet,) = re.findall(r"```python\n((?!import clip).*?)```", README, re.S)

@@ -47,7 +47,8 @@ def steps(teacher, student, config):
 
     def kd_step():
         images, labels = b.bank.sample(config.batch_size)
-        C.student_step(b, teacher, C.augment(images), labels, config)
+        images = C.jitter_colours(C.augment(images, mode="reflect"), config.colour_jitter)
+        C.student_step(b, teacher, images, labels, config)
 
     def kd_floor():
         with C.autocast(ready, config):
