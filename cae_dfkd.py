@@ -7,7 +7,7 @@ that quotes eq. 1, and secondary notes; no full text and no official code.
     python cae_dfkd.py                                         # drawn data, minutes on a laptop
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # fetches teacher and test images
     python cae_dfkd.py --resume --out runs/NAME                # go on after Ctrl-C or a crash
-    python cae_dfkd.py --eval-only runs/NAME/student.pt        # score a saved student
+    python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10      # score a student
     torchrun --nproc-per-node=2 cae_dfkd.py                    # several processes or GPUs
 
 Every category y has an embedding e_y. CEND adds noise to it, drawn from one of several sources (eq.
@@ -17,9 +17,9 @@ recognises the category in its images (eq. 3), their statistics in the teacher's
 are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
 go to a memory bank. Phase B, distillation: the student takes some steps on images of the bank,
 towards the teacher's logits (eq. 7) and embeddings (eq. 8: of images, and of places in the feature
-maps of each resolution), with images of one category close together (eq. 9). So the generator makes
-a few images well and the student has all of them to learn from: the decoupled training. Coupled
-training would take a step of each in turns.
+maps of each resolution), with images of one category close together (eq. 9). That is *decoupled*
+training: the generator makes a few images well, and the student learns from all that were made.
+*Coupled* training takes one step of each in turns.
 
 Notation   B batch, K categories, H x W pixels, E and D width of a category's, a network's embedding
            e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, W) images in [0, 1]
@@ -96,7 +96,7 @@ ARCHITECTURES = ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "res
                  "resnet50", "wrn16_1", "wrn16_2", "wrn40_1", "wrn40_2", "vgg11")
 
 def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
-    """A field of `Config`: help text, range of a number, further keywords of its argparse flag."""
+    """A field of `Config`: help, range of a number (else positive), more for its argparse flag."""
     more = dict(help=text, range=(low, high), flag=flag)
     return dataclasses.field(default=default, metadata=more)
 
@@ -169,6 +169,10 @@ class Config:
             raise UserError("--mean and --std belong together: give both or neither")
         if not self.decoupled and (self.real_kd or not self.cend):       # no category would reach G
             raise UserError("--no-decoupled goes neither with --no-cend nor with --real-kd")
+        if not self.decoupled:           # as many steps, but each cycle has one of each phase
+            turns, self.synth_steps, self.kd_steps, self.warmup_rounds = self.kd_steps, 1, 1, 0
+            self.cycles, self.lr_warmup = turns * self.cycles, turns * self.lr_warmup
+            self.eval_every, self.bank_capacity = turns * self.eval_every, self.synth_batch
 
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
@@ -179,6 +183,7 @@ PRESETS: dict[str, dict] = {
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
+# What may be given anew with --resume, since the student does not depend on it.
 FREE_ON_RESUME = {"resume", "out", "device", "data_root", "eval_every", "probe_dataset",
                   "detection", "detection_dataset", "detection_size", "debug"}
 
@@ -193,8 +198,9 @@ def parse_args(argv: list[str] | None) -> Config:
     for f in dataclasses.fields(Config):                 # f.type is the annotation's text
         kind = float if "float" in f.type else int if f.type == "int" else str
         how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {"type": kind}
+        others = "".join(f"; {name}: {p[f.name]}" for name, p in PRESETS.items() if f.name in p)
         parser.add_argument(flag_of(f.name), **how, **f.metadata["flag"],
-                            help=f"{f.metadata['help']} (default: {f.default})")
+                            help=f"{f.metadata['help']} (default: {f.default}{others})")
     given = vars(parser.parse_args(argv))                # only what was typed
     if given.get("resume"):
         last = Path(given.get("out", "runs"), "last.pt")
@@ -244,8 +250,8 @@ def cifar_resnet(n: int, num_classes: int, projection: bool = False) -> nn.Seque
             return BasicBlock(width, out)
         if projection:
             layers = nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-        else:                                            # slicing would be slow backwards
-            pad = (out - width) // 2
+        else:                                            # both keep channels last, also backwards
+            pad = (out - width) // 2                     # channels, before and after
             layers = nn.AvgPool2d(1, stride), nn.ConstantPad3d((0, 0, 0, 0, pad, pad), 0.0)
         return BasicBlock(width, out, stride, nn.Sequential(*layers))
 
@@ -393,8 +399,11 @@ def save_atomic(thing, path: Path) -> None:
     temporary.replace(path)                              # atomic on one file system
 
 def seed_for(config: Config, i: int) -> None:
-    """Seed what is random in cycle or epoch i > 0: a resumed run draws as an unbroken one."""
-    torch.manual_seed(1_000_003 * config.seed + i)       # of all devices
+    """Seed what is random in cycle or epoch i, on all devices: resumed runs draw as unbroken ones.
+
+    i begins at 1: the seed of i = 0 was for the networks' first weights.
+    """
+    torch.manual_seed(1_000_003 * config.seed + i)
 
 def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     """uint8 (or float) images -> float32 in [0, 1] on the device, channels last."""
@@ -426,14 +435,15 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     """
     some = torch.stack([data[i][0] for i in range(0, len(data), max(1, len(data) // 2000))])
     std, mean = torch.std_mean(some.float() / 255, (0, 2, 3))
-    mean, std = NORMALISATION.get(config.dataset, (mean, std.clamp_min(1e-3)))   # of a flat one
+    mean, std = NORMALISATION.get(config.dataset, (mean, std.clamp_min(1e-3)))   # 0: a flat channel
     net = build_model(config.teacher, num_classes, config.image_size)
     model = Normalized(net, config.mean or mean, config.std or std).to(config.device)
     loader = batches(data, 128, shuffle=True, drop_last=len(data) > 128)
     epochs, done = config.teacher_epochs, 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
-    parts, settings = [model, optimizer, schedule], [len(data), config.seed, config.precision]
+    parts = [model, optimizer, schedule]
+    settings = [len(data), num_classes, config.seed, config.precision]
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
         for part, state in zip(parts, saved["parts"]):
@@ -528,7 +538,7 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     return load_teacher(config.teacher, num_classes, path, config.mean, config.std, default,
                         size).to(config.device)
 
-# ===== 3. CEND, generator, memory bank. The method begins: no files, clocks, ranks, argparse ======
+# ===== 3. CEND, generator, memory bank. Here the method begins; it ends with section 5 ============
 
 def centre_and_scale(embeddings: Tensor) -> Tensor:
     """Raw category embeddings (K, E) -> centred and scaled by one number.           [our choice]
@@ -555,8 +565,7 @@ class CEND(nn.Module):
     ê = e_y + M_n ⊙ q_n, n ~ U{1..N}, q_n ~ NS_n
 
     category_embeddings (K, E); magnitudes: M_n of the N sources. Beyond four the families repeat.
-    Without noise, M = 0, all images of a category in a round are one, and the student lost 9 points
-    of accuracy; whether it came from four sources or eight made no difference (README, rows of †).
+    Without noise, M = 0, all images of a category in a round would be the same.
     """
 
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
@@ -580,21 +589,18 @@ class Generator(nn.Module):
 
     A linear seed layer makes `width` channels of at most 8 x 8 pixels; each stage doubles the
     pixels and convolves; from the second stage on channels halve, down to 8. Width 64 is light, 128
-    heavy. Raises UserError where S is no such seed doubled.
+    heavy.
     """
 
     def __init__(self, embedding_dim: int, image_size: int = 32, width: int = 64):
         super().__init__()
         stages = max(1, math.ceil(math.log2(image_size / 8)))
-        seed = image_size >> stages
-        if seed << stages != image_size:
-            raise UserError(f"image size {image_size} is not {seed} doubled {stages} times; "
-                            f"use 32, 64, 128 or 224")
+        seed, *sizes = [math.ceil(image_size / 2 ** i) for i in range(stages, -1, -1)]
         self.seed_layer = nn.Linear(embedding_dim, width * seed * seed)
         layers = [nn.Unflatten(1, (width, seed, seed)), nn.BatchNorm2d(width)]
-        for i in range(stages):
+        for i, size in enumerate(sizes):
             before, width = width, width if i == 0 else max(width // 2, 8)
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(before, width, 3, 1, 1, bias=False),
+            layers += [nn.Upsample(size), nn.Conv2d(before, width, 3, 1, 1, bias=False),
                        nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
         self.decode = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, 1, 1), nn.Sigmoid())
 
@@ -629,7 +635,7 @@ class MemoryBank(nn.Module):
         i = torch.randint(len(self), (batch,), device=self.labels.device)
         return to_float(self.images[i], i.device), self.labels[i]
 
-# ===== 4. Losses: pure functions, tensors in, scalar out ==========================================
+# ===== 4. Losses: pure functions, tensors in, scalar out; and what reads the networks for them ====
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision -> float32; float32 and float64 stay: losses never compute in half."""
@@ -682,10 +688,9 @@ class FeatureMatching:
             logits = teacher(images)
         loss = matching.loss()
 
-    It keeps the generator from collapsing onto a few images that the teacher is sure of: without it
-    the student lost 24 points of accuracy (README; before the division by σ). That and the mean
-    over layers are [our choice]: one weight serves every channel and depth. A teacher without
-    BatchNorm gives 0. `average`: where a batch is spread over processes, a differentiable mean.
+    It keeps the generator from collapsing onto a few images that the teacher is sure of. Division
+    by σ and mean over layers are [our choice]: one weight serves every channel and depth. A teacher
+    without BatchNorm gives 0. average(x): the differentiable mean of x over processes, if several.
     """
 
     def __init__(self, teacher: nn.Module):
@@ -739,12 +744,11 @@ def category_aware_embedding_loss(z: Tensor, targets: Tensor, labels: Tensor,
 
     p_i = exp(cos(z_i, f_i)/τ). z (N, D) the student's projected embeddings, targets f (N, D) the
     teacher's of the same images, or of the same places in them, labels y (N,) -> scalar >= 0.
-    Form: InfoNCE with category-aware negatives [our choice]. The student is to tell by its
-    embedding what it has seen from what belongs to *other* categories; two images of one category
-    need not be told apart, which would work against eq. 9. Targets are centred, since features
-    after a ReLU all point into one corner. An embedding is the mean over all places of the last
-    feature map, so `student_step` also applies the loss to single places: of that map, and of the
-    last map of every finer resolution, where it teaches the lower layers directly.
+    Form: InfoNCE whose negatives are of *other* categories only [our choice]: two images of one
+    category need not be told apart, which would work against eq. 9. Targets are centred, since
+    features after a ReLU all point into one corner. An embedding is the mean over all places of the
+    last feature map and does not say what is where; so `student_step` applies the loss to single
+    places, too: of that map, and of the last one of every finer resolution, for the lower layers.
     """
     z, f = at_least_float32(z), at_least_float32(targets)
     z, f = F.normalize(z, dim=1), F.normalize(f - f.mean(0), dim=1)
@@ -761,12 +765,11 @@ def resolution_ends(model: nn.Module) -> list[nn.Module]:
 def last_maps(heard: dict[nn.Module, Tensor]) -> list[Tensor]:
     """The last feature map (B, D, h, w) of each resolution, coarsest first.
 
-    heard: what entered the layers of `resolution_ends`, in the order of the forward pass. Maps of
-    teacher and student are paired in the order returned, also where their resolutions differ.
+    heard: what entered the layers of `resolution_ends`, in the order of the forward pass; of maps
+    of one resolution the last counts. Those of teacher and student are paired in the order
+    returned, also where their resolutions differ.
     """
-    # A later map replaces an earlier one: a strided block hears its own first half, then, by its
-    # shortcut, what the stage before it gave. Embeddings (B, D) and the image itself do not count.
-    maps = {x.shape[2:]: x for x in heard.values() if x.ndim == 4 and x.shape[1] > 3}
+    maps = {x.shape[2:]: x for x in heard.values() if x.ndim == 4 and x.shape[1] > 3}    # no image
     return list(maps.values())[::-1]
 
 def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
@@ -777,7 +780,7 @@ def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
     (b, _, h, w), (y, x) = feature_map.shape, places.unbind(2)
     image = torch.arange(b, device=places.device)[:, None]
     cell = (image * h + (y * h).long()) * w + (x * w).long()                        # (B, n)
-    # Of a channels-last map neither the rows nor their gradient is a copy in another layout.
+    # index_select keeps channels last, forwards and backwards: advanced indexing is much slower.
     return feature_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell.flatten())
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
@@ -813,7 +816,8 @@ class State(nn.Module):
     def __init__(self, teacher: nn.Module, student: nn.Module, config: Config,
                  prior: Tensor | None = None):
         super().__init__()
-        rows = last_layer(teacher, nn.Linear).weight.detach()                       # (K, D)
+        self.heads = [last_layer(net, nn.Linear) for net in (teacher, student)]     # f enters them
+        rows = self.heads[0].weight.detach()                                        # (K, D)
         if prior is None:
             prior = torch.eye(len(rows)) if config.prior == "index" else rows
         prior = prior.detach().float().to(rows.device)                              # (K, E)
@@ -824,19 +828,17 @@ class State(nn.Module):
         self.student, self.cend = student, CEND(centre_and_scale(prior), config.magnitudes)
         self.generator = Generator(prior.shape[1], config.image_size, config.generator_width)
         # h: a linear projection serves eq. 8 and eq. 9, others eq. 8 at places.      [our choice]
-        self.projection = nn.Linear(last_layer(student, nn.Linear).in_features, rows.shape[1])
-        self.place_projections = nn.ModuleList()
-        if config.places and config.lambda_cae:
-            maps, image = [], torch.zeros(1, 3, config.image_size, config.image_size)
-            for net in (student, teacher):
-                with torch.no_grad(), listen(*resolution_ends(net)) as heard:
-                    net.eval()(image.to(rows.device))
-                maps.append(last_maps(heard))
-            self.place_projections.extend(nn.Linear(map_s.shape[1], map_t.shape[1])
-                                          for map_s, map_t in zip(*maps))
-        # Coupled training learns from one fresh batch at a time: the bank holds no more.
-        self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
-                               config.image_size)
+        self.projection = nn.Linear(self.heads[1].in_features, rows.shape[1])
+        self.ends = [resolution_ends(net) if config.places and config.lambda_cae else []
+                     for net in (teacher, student)]
+        maps, image = [], torch.zeros(1, 3, config.image_size, config.image_size)
+        for net, ends in zip((teacher, student), self.ends):
+            with torch.no_grad(), listen(*ends) as heard:
+                net.eval()(image.to(rows.device))
+            maps.append(last_maps(heard))
+        self.place_projections = nn.ModuleList(nn.Linear(map_s.shape[1], map_t.shape[1])
+                                               for map_t, map_s in zip(*maps))
+        self.bank = MemoryBank(config.bank_capacity, config.image_size)
         self.to(rows.device)                             # the teacher is there already
         self.generator.to(memory_format=torch.channels_last)             # as the teacher
         self.matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity())
@@ -918,7 +920,7 @@ def synthesis_round(state: State, teacher: nn.Module, config: Config) -> dict[st
         state.generator.seed_layer.reset_parameters()
         state.generator_optimizer.state.clear()          # its moments
     best, lowest = torch.zeros((), device=e.device), torch.full((), math.inf, device=e.device)
-    for _ in range(config.synth_steps if config.decoupled else 1):
+    for _ in range(config.synth_steps):
         images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
         best = torch.where(loss < lowest, images, best)  # of the step with the lowest L_G, as NAYER
         lowest = torch.fmin(loss, lowest)                # fmin and < pass over a loss that is NaN
@@ -932,15 +934,13 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
                  ) -> dict[str, Tensor]:
     """One SGD step of student and h on eq. 10, for images (B, 3, H, W) -> its terms, detached."""
     l_cae = l_cncl = torch.zeros((), device=images.device)
-    heads = [last_layer(net, nn.Linear) for net in (teacher, state.student)]        # f enters it
-    ends = [resolution_ends(net) if state.place_projections else []
-            for net in (teacher, state.student)]
-    with (listen(heads[0], *ends[0]) as heard_t, listen(heads[1], *ends[1]) as heard_s,
+    (head_t, head_s), (ends_t, ends_s) = state.heads, state.ends
+    with (listen(head_t, *ends_t) as heard_t, listen(head_s, *ends_s) as heard_s,
           autocast(images, config)):
         with torch.no_grad():
             t = teacher(images)
         s = state.student(images)                        # train mode: its BatchNorm learns
-        z, labels = state.gather(state.projection(heard_s[heads[1]])), state.gather(labels)
+        z, labels = state.gather(state.projection(heard_s[head_s])), state.gather(labels)
         # Some places in each image, drawn anew: the same in the maps of all resolutions.
         places = state.share(torch.rand(len(labels), config.places, 2, device=labels.device))
         pairs = [(state.gather(project(read_places(map_s, places))),
@@ -949,7 +949,7 @@ def student_step(state: State, teacher: nn.Module, images: Tensor, labels: Tenso
                                                   last_maps(heard_t))]
     l_kd = kd_loss(s, t, config.kd_temperature)                                     # eq. 7
     if config.lambda_cae:
-        f_t, of_place = state.gather(heard_t[heads[0]]), labels.repeat_interleave(config.places)
+        f_t, of_place = state.gather(heard_t[head_t]), labels.repeat_interleave(config.places)
         l_cae = category_aware_embedding_loss(z, f_t, labels) + sum(                # eq. 8
             category_aware_embedding_loss(*pair, of_place) for pair in pairs)
     if config.lambda_cncl:
@@ -977,7 +977,7 @@ def distillation_phase(state: State, teacher: nn.Module, config: Config,
     """
     set_training(state.student, True)
     steps = []
-    for _ in range(config.kd_steps if config.decoupled else 1):
+    for _ in range(config.kd_steps):
         images, labels = state.bank.sample(config.batch_size)
         # Cropped, flipped, varied in colour, the same for T and S; reflected at the edges, since
         # test images have no black ones. (The notes: the paper leaves the images of CNCL as they
@@ -1008,27 +1008,22 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         state = State(teacher, student, config, prior)
     progress = progress or (lambda: state.cycle / config.cycles)
     set_training(teacher, False)                         # eval, no gradient to its weights
-    # Coupled training, an ablation: one generator step and one student step in turns.
-    turns = 1 if config.decoupled else config.kd_steps
     while (over := progress()) < 1:
         seed_for(config, state.cycle + 1)
         # A cosine that begins slowly: at full step size from the start, a deep student learns
-        # nothing for long (ResNet-20 after 40 cycles: 27 instead of 68 %, one seed, earlier eq. 8).
+        # nothing for long.
         lr = config.student_lr * (1 + math.cos(math.pi * over)) / 2
         lr *= min(1.0, (state.cycle + 1) / config.lr_warmup)
         state.student_optimizer.param_groups[0]["lr"] = lr
-        if state.cycle == 0 and config.decoupled and not config.real_kd:
-            for _ in range(config.warmup_rounds):        # a bank of one round has few images
-                synthesis_round(state, teacher, config)
-                if progress() > 0.5:
-                    break                                # half of a short budget is for phase B
+        rounds = 1 if state.cycle else 1 + config.warmup_rounds  # a bank of one has few images
         terms: dict[str, Tensor] = {}
-        for _ in range(turns):
-            if not config.real_kd:
-                terms |= synthesis_round(state, teacher, config)                    # phase A
-            terms |= distillation_phase(state, teacher, config, progress)           # phase B
-            if progress() >= 1:
-                break
+        for _ in range(0 if config.real_kd else rounds):
+            terms |= synthesis_round(state, teacher, config)                        # phase A
+            if progress() > 0.5:
+                break                                    # half of a short budget is for phase B
+        terms |= distillation_phase(state, teacher, config, progress)               # phase B
+        # Weights that the last step broke must not be saved: no loss would tell before the next.
+        terms["weight_norm"] = torch.stack([p.detach().norm() for p in state.parameters()]).norm()
         state.cycle += 1                                 # first, since on_cycle may save it
         # One transfer per cycle: reading a number earlier would make a GPU wait at each step.
         numbers = torch.stack([term.float() for term in terms.values()]).tolist()
@@ -1658,7 +1653,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"
         if "allocate" in str(error) or "out of memory" in str(error):
             hint = "; lower a batch size, --bank-capacity or --generator-width"
-        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
+        over = "\r\033[K" * sys.stderr.isatty()          # replaces the line of `Status`
+        print(f"{over}error: {one_line(error)}{hint}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tests of cae_dfkd.py: oracles, invariants, checkpoint layouts, the real command line, the README.
 
-Run with `python -m pytest -q`. The test on real images looks for the folder in CAE_DFKD_DATA, else ../shared/data, and skips,
-saying so, where it is absent. CAE_DFKD_SLOW=1 adds the kills and the soak.
+The test on real images looks in CAE_DFKD_DATA, else ../shared/data, or skips, saying so. CAE_DFKD_SLOW=1 adds kills and soak.
 """
 # SPDX-License-Identifier: MIT
 import ast
@@ -221,8 +220,6 @@ def test_generator_sizes(size):
     assert x.shape == (2, 3, size, size) and 0 <= x.min() and x.max() <= 1
     light, heavy = (sum(p.numel() for p in C.Generator(12, size, width).decode.parameters()) for width in (64, 128))
     assert heavy > 3.2 * light
-    with pytest.raises(C.UserError, match="image size"):
-        C.Generator(12, size + 1)
 
 def test_bank_is_first_in_first_out():
     bank = C.MemoryBank(5, 2)
@@ -434,6 +431,11 @@ def test_a_step_that_is_not_finite_leaves_the_best_images_alone(monkeypatch):
     monkeypatch.setattr(C, "generator_step", step)
     C.synthesis_round(state, teacher, config)
     assert torch.equal(state.bank.images[:20], (seen[1] * 255).round().to(torch.uint8))
+
+def test_weights_that_a_last_step_breaks_are_not_saved(monkeypatch):
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(math.nan))
+    with pytest.raises(FloatingPointError, match="cycle 1: weight_norm"):
+        distilled(build_pair(), kd_steps=1, on_cycle=lambda *a: pytest.fail("may be saved"))
 
 def test_the_students_step_grows_over_the_first_cycles_and_then_falls():
     rates, cosine = [], [0.1 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
