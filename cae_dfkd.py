@@ -169,7 +169,7 @@ class Config:
             raise UserError("--mean and --std belong together: give both or neither")
         if not self.decoupled and (self.real_kd or not self.cend):       # no category would reach G
             raise UserError("--no-decoupled goes neither with --no-cend nor with --real-kd")
-        if not self.decoupled:           # as many steps, but each cycle has one of each phase
+        if not self.decoupled:           # as many student steps; a cycle is one of each network
             turns, self.synth_steps, self.kd_steps, self.warmup_rounds = self.kd_steps, 1, 1, 0
             self.cycles, self.lr_warmup = turns * self.cycles, turns * self.lr_warmup
             self.eval_every, self.bank_capacity = turns * self.eval_every, self.synth_batch
@@ -183,7 +183,7 @@ PRESETS: dict[str, dict] = {
 }
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18", "vgg11": "resnet18",
             "wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                  # every other: resnet8
-# What may be given anew with --resume, since the student does not depend on it.
+# What may be given anew with --resume: where it runs, what it reports and is scored on.
 FREE_ON_RESUME = {"resume", "out", "device", "data_root", "eval_every", "probe_dataset",
                   "detection", "detection_dataset", "detection_size", "debug"}
 
@@ -250,8 +250,8 @@ def cifar_resnet(n: int, num_classes: int, projection: bool = False) -> nn.Seque
             return BasicBlock(width, out)
         if projection:
             layers = nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-        else:                                            # both keep channels last, also backwards
-            pad = (out - width) // 2                     # channels, before and after
+        else:                                            # every second pixel; zeros on both sides
+            pad = (out - width) // 2                     # channels
             layers = nn.AvgPool2d(1, stride), nn.ConstantPad3d((0, 0, 0, 0, pad, pad), 0.0)
         return BasicBlock(width, out, stride, nn.Sequential(*layers))
 
@@ -401,7 +401,7 @@ def save_atomic(thing, path: Path) -> None:
 def seed_for(config: Config, i: int) -> None:
     """Seed what is random in cycle or epoch i, on all devices: resumed runs draw as unbroken ones.
 
-    i begins at 1: the seed of i = 0 was for the networks' first weights.
+    i begins at 1: with --seed 0, i = 0 would draw again what the first weights were drawn from.
     """
     torch.manual_seed(1_000_003 * config.seed + i)
 
@@ -587,9 +587,9 @@ class CEND(nn.Module):
 class Generator(nn.Module):
     """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, S, S) in [0, 1].     [our choice]
 
-    A linear seed layer makes `width` channels of at most 8 x 8 pixels; each stage doubles the
-    pixels and convolves; from the second stage on channels halve, down to 8. Width 64 is light, 128
-    heavy.
+    A linear seed layer makes `width` channels of at most 8 x 8 pixels; each stage doubles height
+    and width (less one where S asks for it) and convolves; from the second stage on channels halve,
+    down to 8. Width 64 is light, 128 heavy.
     """
 
     def __init__(self, embedding_dim: int, image_size: int = 32, width: int = 64):
@@ -780,7 +780,7 @@ def read_places(feature_map: Tensor, places: Tensor) -> Tensor:
     (b, _, h, w), (y, x) = feature_map.shape, places.unbind(2)
     image = torch.arange(b, device=places.device)[:, None]
     cell = (image * h + (y * h).long()) * w + (x * w).long()                        # (B, n)
-    # index_select keeps channels last, forwards and backwards: advanced indexing is much slower.
+    # Of a channels-last map all rows are a view: only those that are selected get copied.
     return feature_map.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell.flatten())
 
 def contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
@@ -998,8 +998,8 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     category embeddings in place of config.prior. state: of this student, to go on from. progress():
     fraction of the run that is over, by default of config.cycles (config.minutes is for `main`).
     on_cycle(state, metrics) follows each cycle. config.real_kd: the images are those in state.bank.
-    Returns the student, in eval mode. Raises FloatingPointError with the name and cycle of a loss
-    that is not finite. Seeds torch's generators by config.seed.
+    Returns the student, in eval mode. Raises FloatingPointError that names the cycle and what is
+    not finite: a loss, or the norm of all weights. Seeds torch's generators by config.seed.
     """
     if teacher is student or state and state.student is not student:
         raise UserError("`student` must be the network in `state`, and another than the teacher")

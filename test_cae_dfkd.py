@@ -214,7 +214,7 @@ def test_prior_is_centred_and_scaled():
         assert e.mean(0).abs().max() < 1e-5 and torch.linalg.matrix_rank(e) == rank
         assert e.square().sum(1).mean().item() == pytest.approx(rank, rel=1e-4)
 
-@pytest.mark.parametrize("size", [32, 64, 128, 224])
+@pytest.mark.parametrize("size", [32, 64, 128, 224, 45])
 def test_generator_sizes(size):
     x = C.Generator(12, size)(torch.randn(2, 12))
     assert x.shape == (2, 3, size, size) and 0 <= x.min() and x.max() <= 1
