@@ -169,10 +169,6 @@ class Config:
             raise UserError("--mean and --std belong together: give both or neither")
         if not self.decoupled and (self.real_kd or not self.cend):       # no category would reach G
             raise UserError("--no-decoupled goes neither with --no-cend nor with --real-kd")
-        if not self.decoupled:           # as many student steps; a cycle is one of each network
-            turns, self.synth_steps, self.kd_steps, self.warmup_rounds = self.kd_steps, 1, 1, 0
-            self.cycles, self.lr_warmup = turns * self.cycles, turns * self.lr_warmup
-            self.eval_every, self.bank_capacity = turns * self.eval_every, self.synth_batch
 
 # What a run takes in place of the defaults, by data set or device, unless a flag says otherwise.
 PRESETS: dict[str, dict] = {
@@ -443,7 +439,8 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
     parts = [model, optimizer, schedule]
-    settings = [len(data), num_classes, config.seed, config.precision]
+    settings = [len(data), num_classes, config.seed, config.precision,
+                model.mean.tolist(), model.std.tolist()]
     unfinished = path.with_suffix(".unfinished")
     if unfinished.exists() and (saved := load_safely(unfinished))["settings"] == settings:
         for part, state in zip(parts, saved["parts"]):
@@ -638,7 +635,7 @@ class MemoryBank(nn.Module):
 # ===== 4. Losses: pure functions, tensors in, scalar out; and what reads the networks for them ====
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision -> float32; float32 and float64 stay: losses never compute in half."""
+    """Half precision -> float32; float32 and float64 stay: no loss takes logarithms in half."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def category_consistency_loss(teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -826,6 +823,8 @@ class State(nn.Module):
             raise UserError(f"--prior is {tuple(prior.shape)}; it must be finite, not all alike "
                             f"and ({len(rows)}, E), a row for each category of the teacher")
         self.student, self.cend = student, CEND(centre_and_scale(prior), config.magnitudes)
+        norms = [weights.float().norm() for weights in teacher.state_dict().values()]
+        self.register_buffer("teacher_norms", torch.stack(norms))        # tell it from another one
         self.generator = Generator(prior.shape[1], config.image_size, config.generator_width)
         # h: a linear projection serves eq. 8 and eq. 9, others eq. 8 at places.      [our choice]
         self.projection = nn.Linear(self.heads[1].in_features, rows.shape[1])
@@ -838,7 +837,8 @@ class State(nn.Module):
             maps.append(last_maps(heard))
         self.place_projections = nn.ModuleList(nn.Linear(map_s.shape[1], map_t.shape[1])
                                                for map_t, map_s in zip(*maps))
-        self.bank = MemoryBank(config.bank_capacity, config.image_size)
+        self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
+                               config.image_size)
         self.to(rows.device)                             # the teacher is there already
         self.generator.to(memory_format=torch.channels_last)             # as the teacher
         self.matching = FeatureMatching(teacher if config.lambda_fm else nn.Identity())
@@ -1008,6 +1008,10 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         state = State(teacher, student, config, prior)
     progress = progress or (lambda: state.cycle / config.cycles)
     set_training(teacher, False)                         # eval, no gradient to its weights
+    turns, turn = 1, config                              # turns in a cycle, settings of each
+    if not config.decoupled:                             # a step of either network in each
+        turns, turn = config.kd_steps, dataclasses.replace(
+            config, synth_steps=1, kd_steps=1, warmup_rounds=0)
     while (over := progress()) < 1:
         seed_for(config, state.cycle + 1)
         # A cosine that begins slowly: at full step size from the start, a deep student learns
@@ -1015,13 +1019,16 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         lr = config.student_lr * (1 + math.cos(math.pi * over)) / 2
         lr *= min(1.0, (state.cycle + 1) / config.lr_warmup)
         state.student_optimizer.param_groups[0]["lr"] = lr
-        rounds = 1 if state.cycle else 1 + config.warmup_rounds  # a bank of one has few images
+        rounds = 1 if state.cycle else 1 + turn.warmup_rounds    # a bank of one has few images
         terms: dict[str, Tensor] = {}
-        for _ in range(0 if config.real_kd else rounds):
-            terms |= synthesis_round(state, teacher, config)                        # phase A
-            if progress() > 0.5:
-                break                                    # half of a short budget is for phase B
-        terms |= distillation_phase(state, teacher, config, progress)               # phase B
+        for _ in range(turns):
+            for _ in range(0 if config.real_kd else rounds):
+                terms |= synthesis_round(state, teacher, turn)                      # phase A
+                if progress() > 0.5:
+                    break                                # half of a short budget is for phase B
+            terms |= distillation_phase(state, teacher, turn, progress)             # phase B
+            if progress() >= 1:
+                break
         # Weights that the last step broke must not be saved: no loss would tell before the next.
         terms["weight_norm"] = torch.stack([p.detach().norm() for p in state.parameters()]).norm()
         state.cycle += 1                                 # first, since on_cycle may save it
@@ -1184,7 +1191,7 @@ def detection_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: 
         sides = (x @ v + c).exp()                        # (L, 4) pixels
         boxes = torch.cat([centres - sides[:, :2], centres + sides[:, 2:]], 1)
         boxes = ops.clip_boxes_to_image(boxes, image.shape[1:])
-        sure = (scores > 0.02).nonzero()[:, 0]           # the rest cannot matter
+        sure = (scores > 0.02).nonzero()[:, 0]           # fainter ones are left out
         best = sure[ops.batched_nms(boxes[sure], scores[sure], labels[sure], 0.4)[:50]]
         detections.append(tuple(part[best].cpu() for part in (boxes, labels, scores)))
         targets.append(target)
@@ -1363,6 +1370,8 @@ def load_detection(config: Config) -> tuple[list, list, list[str]]:
                     datasets.VOCDetection(config.data_root, "2007", split, download=True)
     train, test = (read_voc(folder, split, config.detection_size) for split in ("trainval", "test"))
     names = sorted({name for _, target in train + test for name in target["names"]})
+    if not all(any(target["names"] for _, target in split) for split in (train, test)):
+        raise UserError(f"{folder}: trainval or test has no object to find")
     for _, target in train + test:
         target["labels"] = torch.tensor([names.index(name) for name in target["names"]]).long()
     return train, test, names
@@ -1503,10 +1512,11 @@ class Recorder:
         self.config, self.state, self.test, self.status = config, state, test, status
         self.out, self.next_save, kept = Path(config.out), -math.inf, []
         if config.resume:                                # the log is cut to where last.pt is
-            prior = state.cend.embeddings.clone()
-            state.load_state_dict(load_safely(self.out / "last.pt"))
-            if not torch.allclose(prior, state.cend.embeddings):
+            saved, new = load_safely(self.out / "last.pt"), state.state_dict()
+            if not all(torch.allclose(saved[name], new[name].cpu(), 1e-4)
+                       for name in ("teacher_norms", "cend.embeddings")):
                 raise UserError("the teacher's file or --prior has changed since this run began")
+            state.load_state_dict(saved)
             kept = (self.out / "metrics.jsonl").read_text().splitlines(True)[:state.cycle]
         if rank() == 0:
             save_atomic("".join(kept), self.out / "metrics.jsonl")
