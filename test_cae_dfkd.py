@@ -435,7 +435,7 @@ def test_distill_is_the_method_step_by_step(switch, in_double):
     (teacher, student), pair = build_pair("resnet20"), build_pair("resnet20")
     state = C.State(teacher, student, config)
     expected = by_hand(*pair, copy.deepcopy(state), config)
-    C.distill(teacher, student, config, state=state)
+    C.distill(teacher.train(), student, config, state=state)  # it does not rely on the caller
     for one, other in ((student, expected[0]), (state.generator, expected[1])):
         torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=1e-6, atol=1e-8)
     assert torch.equal(state.bank.images, expected[2].to(torch.uint8)) and torch.equal(state.bank.labels, expected[3])
@@ -673,7 +673,7 @@ def test_run_directory_is_complete(workdir):
     weights = workdir / "checkpoints/shapes_resnet8_1epochs.pth", run / "student.pt"
     t, s = (C.predict(C.load_teacher("resnet8", 10, file), C.load_data("shapes", "test")[0])[0].argmax(1) for file in weights)
     assert summary["agreement"]["student with teacher"] == pytest.approx(100 * (t == s).double().mean().item())
-    assert tensors(weights[0])["mean"] == pytest.approx([C.load_data("shapes", "test")[0].tensors[0].float().mean().item() / 255] * 3, rel=0.1)
+    assert abs(tensors(weights[0])["mean"][0] - C.load_data("shapes", "test")[0].tensors[0].double().mean().item() / 255) < 0.05
     assert all(math.isfinite(last[key]) for key in "ce fm adv kd cae cncl lr variance recognised images seconds".split())
 
 def test_real_kd_makes_no_image_and_holds_the_training_set_in_a_directory_of_its_own(here, monkeypatch):
