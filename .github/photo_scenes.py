@@ -1,10 +1,11 @@
-"""A developer's tool: scenes of photographs with boxes, in PASCAL VOC layout, for the detection probe.
+r"""A developer's tool: scenes of photographs with boxes, in PASCAL VOC layout, to probe detection on.
 
-    python .github/photo_scenes.py PHOTOS OUT     # PHOTOS/{train,test}/CLASS/*
-    python cae_dfkd.py --eval-only student.pt --dataset cifar10 --detection-dataset OUT --detection-size 96
+    python .github/photo_scenes.py PHOTOS OUT           # PHOTOS/{train,test}/CLASS/*
+    python cae_dfkd.py --eval-only student.pt --dataset cifar10 --detection-dataset OUT \
+        --detection-size 96
 
-Each scene is 96 x 96 pixels: one to three photographs, 24 to 40 pixels wide, on a shaded ground; they do
-not overlap. 600 scenes of PHOTOS/train to learn from, 300 of PHOTOS/test. Seeded.
+A scene is 96 x 96 pixels: one to three photographs, 24 to 40 pixels wide, on a shaded ground,
+without overlap. 600 scenes of PHOTOS/train to learn from, 300 of PHOTOS/test. Seeded.
 """
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ SIZE, MOST, SIDE = 96, 3, (24, 40)                                       # pixel
 def scene(photos, rng):
     """An image of SIZE x SIZE pixels and its objects: (category, left, top, right, bottom)."""
     slope = np.linspace(-1, 1, SIZE)
-    ground = rng.uniform(0, 1, 3) + rng.uniform(-0.2, 0.2) * slope[:, None, None] \
-        + rng.uniform(-0.2, 0.2) * slope[None, :, None]
+    colour, down, across = rng.uniform(0, 1, 3), rng.uniform(-0.2, 0.2), rng.uniform(-0.2, 0.2)
+    ground = colour + down * slope[:, None, None] + across * slope[None, :, None]
     image = Image.fromarray((255 * ground.clip(0, 1)).astype(np.uint8))
     objects = []
     for path in rng.choice(photos, rng.integers(1, MOST + 1), replace=False):
