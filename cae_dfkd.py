@@ -824,7 +824,7 @@ class State(nn.Module):
                             f"and ({len(rows)}, E), a row for each category of the teacher")
         self.student, self.cend = student, CEND(centre_and_scale(prior), config.magnitudes)
         norms = [weights.float().norm() for weights in teacher.state_dict().values()]
-        self.register_buffer("teacher_norms", torch.stack(norms))        # tell it from another one
+        self.register_buffer("teacher_norms", torch.stack(norms))    # --resume compares them
         self.generator = Generator(prior.shape[1], config.image_size, config.generator_width)
         # h: a linear projection serves eq. 8 and eq. 9, others eq. 8 at places.      [our choice]
         self.projection = nn.Linear(self.heads[1].in_features, rows.shape[1])
@@ -837,6 +837,7 @@ class State(nn.Module):
             maps.append(last_maps(heard))
         self.place_projections = nn.ModuleList(nn.Linear(map_s.shape[1], map_t.shape[1])
                                                for map_t, map_s in zip(*maps))
+        # Coupled training learns from the fresh batch alone.
         self.bank = MemoryBank(config.bank_capacity if config.decoupled else config.synth_batch,
                                config.image_size)
         self.to(rows.device)                             # the teacher is there already
@@ -1008,9 +1009,9 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         state = State(teacher, student, config, prior)
     progress = progress or (lambda: state.cycle / config.cycles)
     set_training(teacher, False)                         # eval, no gradient to its weights
-    turns, turn = 1, config                              # turns in a cycle, settings of each
-    if not config.decoupled:                             # a step of either network in each
-        turns, turn = config.kd_steps, dataclasses.replace(
+    turns, per_turn = 1, config                          # decoupled: a cycle is one turn
+    if not config.decoupled:                             # coupled: many, a step of each network
+        turns, per_turn = config.kd_steps, dataclasses.replace(
             config, synth_steps=1, kd_steps=1, warmup_rounds=0)
     while (over := progress()) < 1:
         seed_for(config, state.cycle + 1)
@@ -1019,14 +1020,14 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         lr = config.student_lr * (1 + math.cos(math.pi * over)) / 2
         lr *= min(1.0, (state.cycle + 1) / config.lr_warmup)
         state.student_optimizer.param_groups[0]["lr"] = lr
-        rounds = 1 if state.cycle else 1 + turn.warmup_rounds    # a bank of one has few images
+        rounds = 1 if state.cycle else 1 + per_turn.warmup_rounds    # one gives too few images
         terms: dict[str, Tensor] = {}
         for _ in range(turns):
             for _ in range(0 if config.real_kd else rounds):
-                terms |= synthesis_round(state, teacher, turn)                      # phase A
+                terms |= synthesis_round(state, teacher, per_turn)                  # phase A
                 if progress() > 0.5:
                     break                                # half of a short budget is for phase B
-            terms |= distillation_phase(state, teacher, turn, progress)             # phase B
+            terms |= distillation_phase(state, teacher, per_turn, progress)         # phase B
             if progress() >= 1:
                 break
         # Weights that the last step broke must not be saved: no loss would tell before the next.

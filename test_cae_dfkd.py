@@ -112,7 +112,7 @@ ORACLES = {
             lambda x: -sum(log_softmax(row)[k] for row, k in zip(x, LABELS)) / len(x), T),
     "eq5": (lambda x: C.adversarial_loss(*x),
             lambda x: -sum(kl(t, s) for s, t in zip(*x) if np.argmax(s) == np.argmax(t)) / len(x[0]), np.stack([S, T])),
-    "eq7": (lambda x: C.kd_loss(x, torch.tensor(T), 3.0), lambda x: slow_kd(x, T, 3.0), S),
+    "eq7": (lambda x: sum(C.kd_loss(x, torch.tensor(T), *a) for a in ([3.0], [])), lambda x: slow_kd(x, T, 3.0) + slow_kd(x, T, 20.0), S),
     "eq8": (lambda x: C.category_aware_embedding_loss(x, torch.tensor(E), torch.tensor(LABELS), 0.2),
             lambda x: slow_cae(x, E, LABELS, 0.2), Z),
     "eq9": (lambda x: C.contrastive_loss(x, torch.tensor(LABELS), 0.3), lambda x: slow_contrastive(x, LABELS, 0.3), Z),
