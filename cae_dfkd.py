@@ -52,6 +52,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -102,7 +103,7 @@ def setting(default, text: str, low: float = 1e-9, high: float = 1e9, **flag):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The defaults are for CIFAR-10 on a CPU; PRESETS has others.
+    """Every setting of a run. The numbers are for CIFAR-10 on a CPU; PRESETS has others.
 
     All numbers are [our choice]; what was measured of them is in the README and its log.
     """
@@ -137,7 +138,8 @@ class Config:
     cend: bool = setting(True, "diffuse category embeddings; without, plain noise goes in")
     magnitudes: tuple[float, ...] = setting((2.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
     generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)
-    decoupled: bool = setting(True, "train generator and student in separate phases")
+    decoupled: bool = setting(True, "train generator and student in separate phases; without, a step "
+                              "of each in turns, on fresh images: no bank, rounds or warm-up")
     synth_batch: int = setting(128, "images of a synthesis round", 2)
     synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
@@ -151,7 +153,7 @@ class Config:
     batch_size: int = setting(64, "images of a student step", 2)
     student_lr: float = setting(0.15, "SGD step size of the student, annealed by a cosine")
     lr_warmup: int = setting(5, "cycles in which it grows to --student-lr")     # see `distill`
-    kd_temperature: float = setting(20.0, "temperature τ of eq. 7")
+    kd_temperature: float = setting(20.0, "temperature of eq. 7")
     lambda_cae: float = setting(4.0, "weight of the category-aware loss, eq. 8", 0)
     lambda_cncl: float = setting(0.1, "weight of the contrastive term, eq. 9", 0)
     places: int = setting(4, "per image, where eq. 8 compares feature maps; 0: none", 0, 4096)
@@ -407,15 +409,13 @@ def to_float(images: Tensor, device: str | torch.device) -> Tensor:
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.contiguous(memory_format=torch.channels_last)
 
-def augment(images: Tensor, draws: Tensor | None = None, mode: str = "constant", pad: int = 4
-            ) -> Tensor:
-    """Random crop after padding, and flip: (B, 3, H, W) in [0, 1] -> same.
+def augment(images: Tensor, mode: str = "constant", pad: int = 4) -> Tensor:
+    """Random crop after padding, and flip, drawn per image: (B, 3, H, W) in [0, 1] -> same.
 
-    mode, as of F.pad: "constant" is black, as in the usual recipe for CIFAR teachers. draws (B, 3)
-    in [0, 1): where each image is cut, down and across, and whether it is flipped; else drawn here.
+    mode, as of F.pad: "constant" is black, as in the usual recipe for CIFAR teachers.
     """
     (b, _, h, w), device = images.shape, images.device
-    draws = torch.rand(b, 3, device=device) if draws is None else draws
+    draws = torch.rand(b, 3, device=device)              # where cut, down and across; flipped?
     top, left = (draws[:, :2, None] * (2 * pad + 1)).long().unbind(1)               # (B, 1) each
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     columns = left + torch.where(draws[:, 2:] < 0.5, w - 1 - columns, columns)      # (B, W)
@@ -465,7 +465,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
         save_atomic({"settings": settings, "epochs": epoch + 1,
                      "parts": [part.state_dict() for part in parts]}, unfinished)
     save_atomic(export(model, config.teacher, config), path)
-    unfinished.unlink()
+    unfinished.unlink(missing_ok=True)                   # another run may have trained it, too
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                             # mean, std
 NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -509,26 +509,24 @@ def get_teacher(config: Config, num_classes: int, train_data: Callable, status: 
     """
     name, size = f"{dataset_name(config.dataset)}_{config.teacher}", config.image_size
     path = Path("checkpoints", name + ("" if size == 32 else f"_{size}px") + ".pth")
-    public = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
+    offered = PUBLIC_TEACHERS.get((config.dataset, config.teacher)) if size == 32 else None
     if config.teacher_ckpt:
-        path, public = Path(config.teacher_ckpt), None
-    elif path.exists() and not config.train_teacher:
-        public = None
-    elif public and not config.train_teacher:
-        address, sha, *_ = public
-        path = path.with_stem(f"{name}-{sha or 'public'}")   # its digest: torch.hub checks it
-        with explain(f"cannot fetch {address}: put the file there as {path}, or --train-teacher"):
-            torch.hub.load_state_dict_from_url(address, str(path.parent), "cpu", True, bool(sha),
-                                               path.name, weights_only=True)
-    else:
-        path, public = path.with_stem(f"{path.stem}_{config.teacher_epochs}epochs"), None
+        path = Path(config.teacher_ckpt)
+    elif config.train_teacher or not (path.exists() or offered):
+        path = path.with_stem(f"{path.stem}_{config.teacher_epochs}epochs")
         if not path.exists():
             status(f"training {config.teacher} into {path}", True)
             train_teacher(config, num_classes, train_data(), path, status)
-    if public is None and path.is_file():                # is it a public one after all?
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        public = next((row for row in PUBLIC_TEACHERS.values()
-                       if row[1] and digest.startswith(row[1])), None)
+    elif not path.exists():
+        address, sha, *_ = offered
+        path = path.with_stem(f"{name}-{sha or 'public'}")   # torch.hub checks the digest
+        with explain(f"cannot fetch {address}: put the file there as {path}, or --train-teacher"):
+            torch.hub.load_state_dict_from_url(address, str(path.parent), "cpu", True, bool(sha),
+                                               path.name, weights_only=True)
+    # What the file is, its digest says, whoever put it there; or its name, where none is known.
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    public = next((row for row in PUBLIC_TEACHERS.values() if row[1] and digest.startswith(row[1])),
+                  offered if path.stem == f"{name}-public" else None)
     default = public[3] if public else NORMALISATION.get(config.dataset, IMAGENET)
     status(f"teacher weights: {path}" + (
         f", {public[0]}, stated accuracy {public[2]} %" if public else ""), True)
@@ -653,7 +651,7 @@ class BatchStatistics(torch.autograd.Function):
     def forward(ctx, x):
         if x.device.type in ("cpu", "cuda"):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            running = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)   # makes it float32
+            running = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)   # no half precision
             mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
         else:
             var, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
@@ -676,7 +674,7 @@ def statistics_distance(mean: Tensor, var: Tensor, running_mean: Tensor, running
     norm, scale = torch.linalg.vector_norm, running_var + eps                       # σ²
     return norm((mean - running_mean) / scale.sqrt()) + norm((var - running_var) / scale)
 
-class FeatureMatching:
+class FeatureMatching(contextlib.ExitStack):
     """Teacher-guided feature distribution matching, eq. 4 (paper; form after DeepInversion).
 
     L_FM = mean over BatchNorm layers l of ‖(μ_l(x̂) - μ_l)/σ_l‖₂ + ‖(σ²_l(x̂) - σ²_l)/σ²_l‖₂
@@ -691,16 +689,13 @@ class FeatureMatching:
     """
 
     def __init__(self, teacher: nn.Module):
+        super().__init__()
         self.layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
         self.heard, self.average = {}, None
 
-    def __enter__(self) -> FeatureMatching:
-        self.listening = listen(*self.layers, keep=BatchStatistics.apply)
-        self.heard = self.listening.__enter__()
+    def __enter__(self) -> FeatureMatching:              # what it enters, ExitStack ends
+        self.heard = self.enter_context(listen(*self.layers, keep=BatchStatistics.apply))
         return self
-
-    def __exit__(self, *error) -> None:
-        self.listening.__exit__(*error)
 
     def loss(self) -> Tensor:
         """Scalar >= 0 of the last forward, differentiable to the images."""
@@ -804,7 +799,7 @@ def within_class_variance(f: Tensor, labels: Tensor) -> Tensor:
 # ===== 5. Synthesis, distillation, the loop over both =============================================
 
 class State(nn.Module):
-    """All that changes while distilling: the networks, the bank, their optimisers, the counters.
+    """What distilling changes or needs: networks, embeddings, bank, optimisers, counters.
 
     prior (K, E): category embeddings; else the rows of the teacher's classifier, which need no
     second model, or with config.prior "index" one-hot rows. Raises UserError for another shape.
@@ -883,10 +878,8 @@ def generator_step(state: State, teacher: nn.Module, e_hat: Tensor, labels: Tens
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with state.matching, autocast(e_hat, config):
-        images = seen = state.generator(e_hat)                                      # eq. 2
-        if config.synth_crop:                            # drawn for all processes' rows at once
-            draws = torch.rand(config.synth_batch, 3, device=e_hat.device)
-            seen = augment(images, state.share(draws))
+        images = state.generator(e_hat)                                             # eq. 2
+        seen = augment(images) if config.synth_crop else images
         t = teacher(seen)
         s = state.student(seen) if config.lambda_adv else None           # in eval mode, frozen
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
@@ -1063,7 +1056,7 @@ def predict(model: nn.Module, data: Dataset, device: str = "cpu") -> tuple[Tenso
 
 def top1(scores: Tensor, labels: Tensor) -> float:
     """Percentage of rows of scores (N, K) whose largest entry is at labels (N,)."""
-    return 100 * (scores.argmax(1) == labels).float().mean().item()  # a device waits here
+    return 100 * (scores.argmax(1) == labels).float().mean().item()  # waits for the device
 
 def fit_logistic(x: Tensor, y: Tensor, k: int, l2: float) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by full-batch L-BFGS: weights (D, k) under L2, bias (k,)."""
@@ -1094,11 +1087,11 @@ def linear_probe(backbone: nn.Module, train: Dataset, test: Dataset, device: str
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # fixed
     held, rest = order[:tenth], order[tenth:]            # to choose L2 by, and to fit
 
-    def score(l2: float) -> float:
+    def held_out(l2: float) -> float:
         w, b = fit_logistic(x[rest], y[rest], k, l2)
         return top1(x[held] @ w + b, y[held])
 
-    l2 = max(l2_grid, key=score)
+    l2 = max(l2_grid, key=held_out)
     w, b = fit_logistic(x, y, k, l2)
     return {"accuracy": top1(x_test @ w + b, y_test), "l2": l2}
 
@@ -1381,7 +1374,7 @@ def load_detection(config: Config) -> tuple[list, list, list[str]]:
 
 def world() -> int:
     """Number of processes; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 def rank() -> int:
     """Number of this process; 0 writes and reports."""
@@ -1393,10 +1386,6 @@ def agreed(thing):
     if world() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
-
-def clock() -> float:
-    """Seconds, by the clock of process 0."""
-    return agreed(time.perf_counter())
 
 def join_processes(config: Config) -> None:
     """Join what torchrun started; nothing where there is one process."""
@@ -1436,7 +1425,7 @@ class Status:
         terminal = sys.stdout.isatty()
         if rank() == 0 and (stay or terminal or time.monotonic() - self.last > 10):
             self.last = self.last if stay else time.monotonic()
-            cut = os.get_terminal_size().columns - 1 if terminal and not stay else None
+            cut = shutil.get_terminal_size().columns - 1 if terminal and not stay else None
             print("\r\033[K" * terminal + text[:cut], end="" if cut else "\n", flush=True)
 
 def save_samples(bank: MemoryBank, path: Path, most: int = 100) -> None:
@@ -1522,25 +1511,19 @@ class Recorder:
         if rank() == 0:
             save_atomic("".join(kept), self.out / "metrics.jsonl")
             save_atomic(json.dumps(dataclasses.asdict(config), indent=1), self.out / "config.json")
-        self.first_cycle, self.start = state.cycle + 1, clock()
-
-    def save(self) -> None:
-        """last.pt, from which a run goes on; saving takes 2 % of the time at most."""
-        begin = time.perf_counter()
-        if rank() == 0:
-            save_atomic(self.state.state_dict(), self.out / "last.pt")
-        self.next_save = time.perf_counter() + 50 * (time.perf_counter() - begin)   # hence 2 %
+        self.first_cycle, self.start = state.cycle + 1, time.perf_counter()
 
     def progress(self) -> float:
-        """Fraction of the run that is over: of --minutes, or of --cycles."""
+        """Fraction of the run that is over: of --minutes, by process 0's clock, or of --cycles."""
         if not self.config.minutes:
             return self.state.cycle / self.config.cycles
-        return min(1.0, (self.state.seconds + clock() - self.start) / (60 * self.config.minutes))
+        seconds = self.state.seconds + time.perf_counter() - self.start
+        return agreed(min(1.0, seconds / (60 * self.config.minutes)))
 
     def __call__(self, state: State, metrics: dict) -> None:
         """After each cycle; what this takes is not counted in state.seconds."""
-        state.seconds += clock() - self.start
-        self.start = clock()
+        over = self.progress()                           # > 0: a cycle is done
+        state.seconds += time.perf_counter() - self.start
         for buffer in state.student.buffers() if world() > 1 else ():
             dist.broadcast(buffer, 0)                    # BatchNorm statistics of process 0
         metrics |= {"seconds": state.seconds, "images": state.bank.pushed}
@@ -1550,33 +1533,24 @@ class Recorder:
         if rank() == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if time.perf_counter() > self.next_save:
-                self.save()
-        over = self.progress()                           # > 0: a cycle is done
+            begin = time.perf_counter()
+            if begin > self.next_save:                   # saving takes 2 % of the time at most
+                save_atomic(state.state_dict(), self.out / "last.pt")
+                self.next_save = time.perf_counter() + 50 * (time.perf_counter() - begin)
         shown = [k for k in ("accuracy", "kd", "variance", "recognised") if k in metrics]
         self.status(f"distilling: {over:.0%}, cycle {state.cycle}, "
                     f"{state.seconds / 60 * (1 / over - 1):.1f} minutes left, "
                     + ", ".join(f"{k} {metrics[k]:.2f}" for k in shown),
                     stay="accuracy" in metrics or state.cycle == self.first_cycle)
-        self.start = clock()
-
-def expected_minutes(teacher: nn.Module, config: Config) -> float:
-    """What a run by --cycles will take, told at once: a step of either phase takes some two to four
-    times as long as the teacher's forward pass."""
-    images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size)
-    for _ in range(2):                                   # the first one warms up
-        begin = time.perf_counter()
-        with torch.no_grad():
-            teacher(to_float(images, config.device)).sum().item()
-    return config.cycles * (config.synth_steps + config.kd_steps) * (
-        time.perf_counter() - begin) * 3 / 60
+        self.start = time.perf_counter()
 
 def choose_directory(config: Config) -> str:
     """--out, which has to be free unless it is resumed; else a new one in runs/."""
     words = dataset_name(config.dataset), config.teacher, config.student, str(config.seed)
     out = Path(config.out or f"runs/{'_'.join(words)}_{datetime.now():%Y%m%d-%H%M%S}")
     leftovers = ("config.json", "metrics.jsonl", "*.tmp")        # of a run killed in its first save
-    if not config.resume and any(not any(map(path.match, leftovers)) for path in out.glob("*")):
+    others = [path for path in out.glob("*") if not any(map(path.match, leftovers))]
+    if not config.resume and (others or out.is_file()):
         raise UserError(f"{out} is not empty: --resume the run in it, or take another --out")
     return str(out)
 
@@ -1598,11 +1572,15 @@ def run(config: Config) -> None:
     teacher = get_teacher(config, len(names), train, status)
     if rank() == 0:                                      # the others find what it left
         agreed("process 0 is ready")
-    if not config.minutes:
-        status(f"{config.cycles} cycles will take about {expected_minutes(teacher, config):.0f} "
-               f"minutes on this machine; --minutes N ends them after N", True)
+    begin = time.perf_counter()
     logits, _, labels = predict(teacher, test, config.device)
-    accuracy = top1(logits, labels)
+    accuracy, seconds = top1(logits, labels), time.perf_counter() - begin
+    if not (config.minutes or config.resume):            # a step takes two to four forward passes
+        synth_steps = config.synth_steps if config.decoupled else config.kd_steps
+        images = synth_steps * config.synth_batch + config.kd_steps * config.batch_size
+        minutes = 3 * config.cycles * images * seconds / len(test) / 60
+        status(f"{config.cycles} cycles will take about {minutes:.0f} minutes on this machine; "
+               f"--minutes N ends them after N", True)
     status(f"teacher {config.teacher}: {accuracy:.2f} % on {len(test)} test images" + (
         "; next to nothing: are --mean, --std and the order of the classes its own?"
         if accuracy < 5 + 100 / len(names) else ""), True)
@@ -1619,8 +1597,8 @@ def run(config: Config) -> None:
            f"{config.device} {config.precision}, torch {torch.__version__}, in {config.out}", True)
     recorder = Recorder(config, state, test, status)     # --resume: loads last.pt
     distill(teacher, student, config, None, state, recorder.progress, recorder)
-    recorder.save()                                      # the last state, not the best
-    if rank() == 0:
+    if rank() == 0:                                      # the last state, not the best
+        save_atomic(state.state_dict(), recorder.out / "last.pt")
         save_samples(state.bank, recorder.out / "samples.png")
         save_atomic(export(student, config.student, config), recorder.out / "student.pt")
         networks = {"student": student, "teacher": teacher,
@@ -1658,7 +1636,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if config and config.debug:                      # the traceback says where
+        if "--debug" in (argv or sys.argv):              # the traceback says where
             raise
         known = isinstance(error, (UserError, FloatingPointError))
         hint = "" if known else f" ({type(error).__name__}; --debug shows where)"

@@ -750,6 +750,8 @@ def test_a_public_teacher_is_fetched_once_checked_and_normalised(public, capsys)
     assert C.main([*FAST, "--cycles", "1", "--out", "own", *"--mean .4 .5 .6 --std .2 .3 .4".split()]) == 0  # flags come first
     assert all(tensors(out, "student.pt")["mean"] == pytest.approx(C.IMAGENET[0]) for out in ("run", "again", "third"))
     assert tensors("own/student.pt")["mean"] == pytest.approx([0.4, 0.5, 0.6]) and tensors("own/student.pt")["std"][2] == pytest.approx(0.4)
+    torch.save(C.build_model("resnet8", 10).state_dict(), file), capsys.readouterr()  # another file under that name
+    assert C.main([*FAST, "--cycles", "1", "--out", "other"]) == 0 and "stated" not in capsys.readouterr().out
 
 @pytest.mark.parametrize("digest, address", [("0" * 8, "file://{}/served.pth"), ("", "file:///nowhere/at/all.pth"),
                                              ("12fca82f", "http://127.0.0.1:9/x.pth")])
@@ -801,7 +803,7 @@ import torch, cae_dfkd as C, test_cae_dfkd as T
 C.join_processes(C.Config(device="cpu"))
 grads = []
 for connected in (False, True):                 # one process's arithmetic, and the same batch in two halves
-    state, teacher, config = T.fresh_state()
+    state, teacher, config = T.fresh_state(synth_crop=False)  # drawn by each for its rows
     C.set_training(state.student, False), state.generator.eval()  # their BatchNorm sees a share only: leave it out
     if connected: C.connect(state)
     torch.manual_seed(2)
@@ -889,8 +891,7 @@ WRONG = [
     ("--eval-only arch.pt", "resnet8"), ("--resume --out tampered/shape", "bank.labels"), ("--resume --out tampered/counters", "error: "),
     ("--eval-only elsewhere.pt", "distilled for cifar10: give --dataset"), ("--out runs/a", "runs/a is not empty"),
     ("--eval-only runs/a/student.pt --dataset shapes-unseen", "no resnet8 with 6 classes"), ("--out text.pth/run", "text.pth"),
-    ("--resume --out tampered/key", "colour"),
-]
+    ("--out text.pth", "text.pth is not empty"), ("--resume --out tampered/key", "colour")]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
 @pytest.mark.parametrize("args, culprit", WRONG + OUT_OF_RANGE)
@@ -925,8 +926,7 @@ def test_a_loss_that_breaks_is_named_and_keeps_the_last_good_state(function, ter
 def test_a_signal_saves_and_says_how_to_go_on(number, workdir):
     out = f"runs/signal{int(number)}"
     run = subprocess.Popen([*PROGRAM, *FAST, "--cycles", "100000", "--out", out], cwd=workdir, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                           stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (workdir / out / "last.pt").exists() or tensors(workdir, out, "last.pt")["_extra_state"]["cycle"] < 2:
         assert run.poll() is None
         time.sleep(0.05)
@@ -936,15 +936,15 @@ def test_a_signal_saves_and_says_how_to_go_on(number, workdir):
 # A run whose every cycle ends with a checkpoint that takes its time: most kills fall into the writing.
 KILLED = """
 import sys, time, cae_dfkd as C
-write, save = C.torch.save, C.Recorder.save
+write, record = C.torch.save, C.Recorder.__call__
 def slow(thing, path):
     path.write_bytes(b"half")
     time.sleep(0.3)
     write(thing, path)
-def always(self):
-    save(self)
+def always(self, *args):
     self.next_save = 0
-C.torch.save, C.Recorder.save = slow, always
+    record(self, *args)
+C.torch.save, C.Recorder.__call__ = slow, always
 sys.exit(C.main())
 """
 
