@@ -138,8 +138,8 @@ class Config:
     cend: bool = setting(True, "diffuse category embeddings; without, plain noise goes in")
     magnitudes: tuple[float, ...] = setting((2.0,) * 4, "M_n of the sources", 0, 1e3, nargs="+")
     generator_width: int = setting(64, "channels of its seed; 128 is heavy", 8, 4096)
-    decoupled: bool = setting(True, "train generator and student in separate phases; without, a step "
-                              "of each in turns, on fresh images: no bank, rounds or warm-up")
+    decoupled: bool = setting(True, "train generator and student in separate phases; without, "
+                              "a step of each in turns on fresh images, --kd-steps times a cycle")
     synth_batch: int = setting(128, "images of a synthesis round", 2)
     synth_steps: int = setting(12, "generator steps of a round")
     generator_lr: float = setting(4e-3, "Adam step size of the generator")      # as NAYER
