@@ -415,7 +415,7 @@ def augment(images: Tensor, mode: str = "constant", pad: int = 4) -> Tensor:
     mode, as of F.pad: "constant" is black, as in the usual recipe for CIFAR teachers.
     """
     (b, _, h, w), device = images.shape, images.device
-    draws = torch.rand(b, 3, device=device)              # where cut, down and across; flipped?
+    draws = torch.rand(b, 3, device=device)              # cut where, down and across; flip
     top, left = (draws[:, :2, None] * (2 * pad + 1)).long().unbind(1)               # (B, 1) each
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     columns = left + torch.where(draws[:, 2:] < 0.5, w - 1 - columns, columns)      # (B, W)
@@ -465,7 +465,7 @@ def train_teacher(config: Config, num_classes: int, data: Dataset, path: Path, s
         save_atomic({"settings": settings, "epochs": epoch + 1,
                      "parts": [part.state_dict() for part in parts]}, unfinished)
     save_atomic(export(model, config.teacher, config), path)
-    unfinished.unlink(missing_ok=True)                   # another run may have trained it, too
+    unfinished.unlink(missing_ok=True)                   # a run beside this one may have
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                             # mean, std
 NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -1406,7 +1406,10 @@ def average_gradients(optimizer: torch.optim.Optimizer, *_) -> None:
             gradient /= world()
 
 def connect(state: State) -> None:
-    """Draws are the same in all processes, rows are shared out, losses over pairs see all rows."""
+    """Draws are the same in all processes, rows are shared out, losses over pairs see all rows.
+
+    Crops in synthesis are drawn per share: its j-th image is cut alike in each process.
+    """
     warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)    # nothing public yet
     state.share = lambda rows: rows.chunk(world())[rank()]               # rows of this process
     state.gather = lambda rows: torch.cat(all_gather(rows.contiguous())) # with gradient
