@@ -125,7 +125,7 @@ class Config:
     lambda_cae: float = 4.0             # weight of the category-aware loss, eq. 8
     lambda_cncl: float = 0.1            # weight of the contrastive term, eq. 9
     places: int = 4                     # places per image at which eq. 8 compares maps; 0: none
-    clip_norm: float = 0.0              # longest gradient of a student step; 0: any
+    clip_norm: float = 10.0             # longest gradient of a student step; 0: any
     colour_jitter: float = 0.3          # how far colours of the bank's images vary
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class Config:
 
 
 MAY_BE_0 = "seed", "warmup_rounds", "lr_warmup", "places"
-SHAPES_PRESET = dict(teacher_epochs=8, cycles=10, kd_steps=100, lambda_fm=8.0, lambda_adv=0.0,
+SHAPES_PRESET = dict(teacher_epochs=5, cycles=10, kd_steps=100, lambda_fm=8.0, lambda_adv=0.0,
                      student_lr=0.1)
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18"}             # of others: resnet8
 
@@ -553,7 +553,6 @@ class State(nn.Module):
         at_places = config.places and config.lambda_cae
         self.place_projections = nn.ModuleList(
             nn.Linear(a.shape[1], b.shape[1]) for a, b in zip(maps_s, maps_t) if at_places)
-        # Coupled training learns from the fresh images alone.
         capacity = config.bank_capacity if config.decoupled else 0
         self.bank = MemoryBank(max(capacity, config.synth_batch), size)
         self.to(device)
@@ -655,7 +654,7 @@ def read_places(feature_map, places):
     image = torch.arange(b, device=places.device)[:, None]                          # (B, 1)
     y = (places[:, :, 0] * h).long()                                                # (B, n)
     x = (places[:, :, 1] * w).long()
-    return feature_map[image, :, y, x].flatten(0, 1)
+    return feature_map.permute(0, 2, 3, 1)[image, y, x].flatten(0, 1)   # keeps the memory layout
 
 
 def student_step(state, teacher, images, labels, config):
@@ -756,13 +755,6 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
         if on_cycle:
             on_cycle(state, metrics)                    # may raise, to stop
     return student.eval()
-
-
-def print_cycle(state, metrics):
-    """A line per cycle, for distill(..., on_cycle=print_cycle); `run` prints by it, too."""
-    shown = ("kd", "cae", "recognised", "accuracy", "minutes left")
-    words = [f"{name} {metrics[name]:.2f}" for name in shown if name in metrics]
-    print(f"cycle {state.cycle}: {', '.join(words)}", flush=True)
 
 
 # ===== 6. Linear probe: how well frozen embeddings serve another task =============================
@@ -992,6 +984,12 @@ def load_data(dataset, split, config):
 
 
 # ===== 10. A run: directory, resume, evaluation, main =============================================
+def print_cycle(state, metrics):
+    """A line per cycle, for distill(..., on_cycle=print_cycle); `run` prints by it, too."""
+    shown = [k for k in ("kd", "cae", "recognised", "accuracy", "minutes left") if k in metrics]
+    print(f"cycle {state.cycle}:", ", ".join(f"{k} {metrics[k]:.2f}" for k in shown), flush=True)
+
+
 def save(thing, path):
     """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1046,7 +1044,6 @@ def run(config, train=distill):
         if config.minutes:
             return state.seconds / (60 * config.minutes)
         return state.cycle / config.cycles
-
     def on_cycle(state, metrics):                       # its own time is not counted
         nonlocal clock
         state.seconds += time.perf_counter() - clock
@@ -1090,8 +1087,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in words:
             raise
-        text = " ".join(str(error).split())
-        print(f"error: {text} ({type(error).__name__}; --debug shows where)", file=sys.stderr)
+        kind = f"({type(error).__name__}; --debug shows where)"
+        print("error:", *str(error).split(), kind, file=sys.stderr)
         return 2
     finally:
         with contextlib.suppress(OSError):              # there is none, or it is not empty
