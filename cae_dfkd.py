@@ -918,8 +918,7 @@ def get_teacher(config, classes):
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot fetch {address} ({error}): put it there as {path}") from error
     elif not path.exists() and not config.teacher_ckpt:
-        train, _ = load_data(config.dataset, "train", config)
-        model = train_teacher(config, len(classes), train)
+        model = train_teacher(config, len(classes), load_data(config.dataset, "train", config)[0])
         save(export(model, arch, classes), path)
     print(f"teacher weights: {path}", flush=True)
     return load_teacher(arch, len(classes), path, config.mean, config.std, usual).to(config.device)
@@ -974,8 +973,8 @@ def load_data(dataset, split, config):
         else:
             data = datasets.ImageFolder(f"{dataset}/{split}", steps)
             learnt = [f.name for f in Path(dataset, "train").glob("*") if f.is_dir()]
-            if learnt and data.classes != sorted(learnt):
-                raise ValueError(f"{dataset}: train/ and test/ do not have the same classes")
+            if len(data.classes) < 2 or learnt and data.classes != sorted(learnt):
+                raise ValueError(f"{dataset}: train/ and test/ need the same two or more classes")
         images, labels = zip(*DataLoader(data, 256))    # decoded once, kept in memory
         return TensorDataset(torch.cat(images), torch.cat(labels)), data.classes
     except (OSError, RuntimeError) as error:
@@ -1091,8 +1090,9 @@ def main(argv: list[str] | None = None) -> int:
         print("error:", *str(error).split(), kind, file=sys.stderr)
         return 2
     finally:
-        with contextlib.suppress(OSError):              # there is none, or it is not empty
-            os.removedirs(out)
+        for folder in (out, "data", "checkpoints"):     # goes again if nothing came into it
+            with contextlib.suppress(OSError):
+                os.removedirs(folder)
 
 
 if __name__ == "__main__":
