@@ -15,11 +15,11 @@ image (eq. 2). One *cycle* is:
 
 Phase A, synthesis: for one noise draw the generator is trained for a few steps, so that the teacher
 recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm layers
-are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
-go to a memory bank.
+are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). Those of
+the best step go to a memory bank.
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
-logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, draws images of
+logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of
 one category together, whatever their noise (eq. 9). That is *decoupled* training; *coupled*
 training takes one step of each network in turns.
 
@@ -61,6 +61,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ class Config:
     def __post_init__(self):
         """One rule for all numbers: none is negative, and those that count are at least 1."""
         for name, value in vars(self).items():
-            low = 1 if type(value) is int and name not in MAY_BE_0 else 0
+            low = 1 if type(getattr(Config, name)) is int and name not in MAY_BE_0 else 0
             for number in value if isinstance(value, (tuple, list)) else [value]:
                 if type(number) in (int, float) and not low <= number <= 1e12:
                     raise ValueError(f"{name} is {number}, and not in {low} to 1e12")
@@ -238,8 +239,8 @@ def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default
         net = build_model(arch, num_classes)
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
         net.load_state_dict(counters | state)           # old files lack these counters
-        default = default or IMAGENET
-        mean, std = mean or stored.get("mean", default[0]), std or stored.get("std", default[1])
+        usual = default or IMAGENET
+        mean, std = mean or stored.get("mean", usual[0]), std or stored.get("std", usual[1])
         return Normalized(net, mean, std).eval().requires_grad_(False)
     except Exception as error:
         raise ValueError(f"{path} is no {arch} with {num_classes} classes: {error}") from error
@@ -279,8 +280,8 @@ def find_layers(model, image, extractor=False):
 
     -> (head, maps), names of layers. The embedding enters the head: the nn.Linear whose output is
     the network's. extractor=True allows for none, "": then the output is the embedding. Maps are
-    layers with an output (1, D, h, h): for each h > 1 the last one, if no coarser came before; but
-    no convolution of the image itself, by which vision transformers cut it into patches.
+    layers with an output (1, D > 3, h, h): for each h > 1 the last before any coarser one; but no
+    convolution of the image itself, by which vision transformers cut it into patches.
     """
     with frozen(model), torch.no_grad(), listen(model.modules()) as heard:
         logits = model(image)
@@ -312,7 +313,7 @@ def read(model, x, layers):
     return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())
 
 
-def forward_with_embedding(model: nn.Module, x: Tensor, head: str = "") -> tuple[Tensor, Tensor]:
+def forward_with_embedding(model, x, head=""):
     """(logits (B, K), embedding f (B, D)): f is what enters `head`, else the last nn.Linear."""
     return read(model, x, (head, []) if head else find_layers(model, x[:1]))[:2]
 
@@ -426,7 +427,7 @@ class BatchStatistics(torch.autograd.Function):
     def backward(ctx, g_mean, g_var):
         x, mean = ctx.saved_tensors
         m = x.numel() // x.shape[1]
-        # dL/dx = g_mean/m + 2 g_var (x - μ)/m, of each channel: BatchNorm computes such a map, too.
+        # dL/dx = g_mean/m + 2 g_var (x - μ)/m per channel, which BatchNorm in eval mode computes.
         return F.batch_norm(x, mean, torch.ones_like(mean), 2 * g_var / m, g_mean / m, eps=0.0)
 
 
@@ -444,7 +445,7 @@ def feature_matching_loss(heard, eps=1e-4):
     channels, so wide layers count more. eps is added to σ², for channels that are nearly constant.
     """
     if not heard:
-        raise ValueError("nothing was heard: run the teacher inside `with listen(layers) as heard`")
+        raise ValueError("nothing was heard: use `with listen(layers) as heard`")
     distances = []
     for layer, x, _ in heard:
         mean, var = BatchStatistics.apply(x)                            # μ_l(x̂), σ²_l(x̂)
@@ -464,8 +465,7 @@ def adversarial_loss(student_logits, teacher_logits):
     s = F.log_softmax(student_logits, 1)
     t = F.log_softmax(teacher_logits, 1)
     kl = F.kl_div(s, t, log_target=True, reduction="none").sum(1)       # (B,)
-    agree = s.argmax(1) == t.argmax(1)
-    return -(kl * agree).mean()
+    return -(kl * (s.argmax(1) == t.argmax(1))).mean()
 
 
 def kd_loss(student_logits, teacher_logits, temperature=20.0):
@@ -523,7 +523,7 @@ class State(nn.Module):
 
     prior (K, E): category embeddings; else the rows of the teacher's head, which point to where it
     sees a category and need no language model; with config.prior "index" one-hot rows. generator:
-    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]; its `seed_layer`, if any, is drawn anew each
+    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]; a `seed_layer` is drawn anew in each decoupled
     round. teacher_layers, student_layers: (head, maps) in place of what `find_layers` finds. Maps
     of both are paired from the coarsest on, whatever their resolutions; finer ones that are left
     over go unused. Raises ValueError for what does not fit together.
@@ -561,7 +561,7 @@ class State(nn.Module):
         if config.lambda_fm and not self.norms:
             warnings.warn("the teacher has no BatchNorm statistics: eq. 4 is off")
         if at_places and not self.place_projections:
-            warnings.warn("no feature maps in teacher or student: eq. 8 is of whole images alone")
+            warnings.warn("no feature maps: eq. 8 is of whole images alone")
         # SGD for the student, Adam for the generator: as in most of the literature. [our choice]
         parts = nn.ModuleList([student, self.projection, self.place_projections])
         self.learning = [p for p in parts.parameters() if p.requires_grad]
@@ -569,7 +569,7 @@ class State(nn.Module):
                                                  nesterov=True, weight_decay=1e-4)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(),
                                                     config.generator_lr, betas=(0.5, 0.999))
-        self.cycle, self.seconds = 0, 0.0               # seconds: for a caller who has a clock
+        self.cycle, self.seconds = 0, 0.0               # seconds: by the caller's clock
 
     def get_extra_state(self):
         """What `state_dict` holds beside networks and images. Since `distill` seeds each cycle, a
@@ -660,13 +660,13 @@ def read_places(feature_map, places):
 def student_step(state, teacher, images, labels, config):
     """One SGD step of student and projections on eq. 10, for images (B, 3, H, W) -> its terms.
 
-    Eq. 8 is taken of whole images and, for each resolution r, of n random places in each image:
+    Eq. 8 is taken of whole images and, for each pair r of maps, of n random places in each image:
 
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
 
-    S_r, T_r are the last feature maps of a resolution; places of one image are no negatives of each
-    other, since they share its label. An embedding is the mean over all places of the last map, and
-    two maps with one mean may differ everywhere. At a place the student has to match what the
+    S_r, T_r are paired from the coarsest map on; places of one image are no negatives of each
+    other, since they share its label. An embedding is only the mean of the last map, and maps that
+    differ everywhere can share it. At a place the student has to match what the
     teacher has there better than what it has at places of other categories' images. So maps, and
     not just their means, become alike, and lower layers are taught directly.        [our choice]
     """
@@ -701,15 +701,15 @@ def distillation_phase(state, teacher, config, steps):
     rows = []
     for _ in range(steps):
         images, labels = state.bank.sample(config.batch_size)
-        # The same for T and S; edges are reflected, since test images have no black borders. (The
-        # paper, say notes on it, leaves the images of CNCL as they are.)             [our choice]
+        # The same for T and S; edges are reflected, since test images have no black borders. [our
+        # choice] (Notes on the paper say that it leaves the images of CNCL as they are.)
         images = jitter_colours(augment(images, mode="reflect"), config.colour_jitter)
         rows.append(student_step(state, teacher, images, labels, config))
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
-def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tensor | None = None,
-            state: State | None = None, on_cycle=None, progress=None) -> nn.Module:
+def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, state=None,
+            on_cycle=None, progress=None) -> nn.Module:
     """Train `student` to imitate `teacher` on images that the generator makes. No data set goes in.
 
     Both take images (B, 3, S, S) in [0, 1], give logits (B, K) and sit on one device. The teacher
@@ -720,13 +720,13 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior: Tenso
     and what is not finite: a loss, or the norm of all weights. Seeds torch by config.seed.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
-    and one student step, on the images of just this turn; the seed layer is kept.
+    and one student step, on just this turn's images; no warm-up rounds, the seed layer is kept.
     """
     if state is None:
         torch.manual_seed(config.seed)
         state = State(teacher, student, config, prior)
     if state.student is not student or (config.minutes and not progress):
-        raise ValueError("give the state of this student, and for minutes a progress(state)")
+        raise ValueError("give this student's state, and for minutes progress(state)")
     progress = progress or (lambda state: state.cycle / config.cycles)
     turns, generator_steps, student_steps = 1, config.synth_steps, config.kd_steps
     if not config.decoupled:                            # a step of each network, in turns
@@ -790,15 +790,15 @@ def fit_logistic(x, y, k, l2):
     return w.detach(), b.detach()
 
 
-def linear_probe(backbone, train, test, device="cpu", l2_grid=(1e-4, 1e-3, 1e-2, 1e-1)):
+def linear_probe(backbone, train, test, device="cpu", layers=None):
     """A linear classifier on frozen embeddings: {"accuracy": percent, "l2": chosen strength}.
 
     train and test yield (image, label), images uint8 or float in [0, 1]. backbone: a classifier, or
-    an extractor that gives (B, D). Embeddings are standardised by train statistics; L2 is chosen on
-    a held-out tenth of train.
+    an extractor that gives (B, D); if it ends in an nn.Linear, pass layers=("", []). Embeddings are
+    standardised by train statistics; L2 is chosen on a held-out tenth of train.
     """
-    _, y, x = predict(backbone, train, device)
-    _, y_test, x_test = predict(backbone, test, device)
+    _, y, x = predict(backbone, train, device, layers)
+    _, y_test, x_test = predict(backbone, test, device, layers)
     std, mean = torch.std_mean(x, 0)
     x, x_test = ((v - mean) / std.clamp_min(1e-6) for v in (x, x_test))
     k, tenth = int(y.max()) + 1, max(1, len(x) // 10)
@@ -807,7 +807,7 @@ def linear_probe(backbone, train, test, device="cpu", l2_grid=(1e-4, 1e-3, 1e-2,
     def held_out_accuracy(l2):
         w, b = fit_logistic(x[rest], y[rest], k, l2)
         return top1(x[held] @ w + b, y[held])
-    l2 = max(l2_grid, key=held_out_accuracy)
+    l2 = max((1e-4, 1e-3, 1e-2, 1e-1), key=held_out_accuracy)
     w, b = fit_logistic(x, y, k, l2)
     return {"accuracy": top1(x_test @ w + b, y_test), "l2": l2}
 
@@ -890,11 +890,11 @@ def train_teacher(config, num_classes, data):
     return model
 
 
-def export(model, arch, classes):
+def export(model, arch, classes, size):
     """Weights and what they are of, all on the CPU: a file that `load_teacher` reads."""
     return {"state_dict": {k: v.cpu() for k, v in model.net.state_dict().items()}, "arch": arch,
             "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
-            "classes": classes}
+            "classes": classes, "image_size": size}
 
 
 def get_teacher(config, classes):
@@ -905,7 +905,8 @@ def get_teacher(config, classes):
     """
     arch, usual = config.teacher, NORMALISATION.get(config.dataset, IMAGENET)
     name = re.sub(r"\W+", "-", f"{config.dataset}_{arch}")
-    trained = f"{name}_{config.image_size}px_{config.teacher_epochs}epochs_seed{config.seed}.pth"
+    others = zlib.crc32(repr((config.image_size, classes, *config.mean, *config.std)).encode())
+    trained = f"{name}_{config.teacher_epochs}epochs_seed{config.seed}_{others:08x}.pth"
     path = Path(config.teacher_ckpt or f"checkpoints/{trained}")
     if name in PUBLIC_TEACHERS and config.image_size == 32 and not config.teacher_ckpt:
         address, digest = PUBLIC_TEACHERS[name]
@@ -919,7 +920,7 @@ def get_teacher(config, classes):
             raise ValueError(f"cannot fetch {address} ({error}): put it there as {path}") from error
     elif not path.exists() and not config.teacher_ckpt:
         model = train_teacher(config, len(classes), load_data(config.dataset, "train", config)[0])
-        save(export(model, arch, classes), path)
+        save(export(model, arch, classes, config.image_size), path)
     print(f"teacher weights: {path}", flush=True)
     return load_teacher(arch, len(classes), path, config.mean, config.std, usual).to(config.device)
 
@@ -1024,14 +1025,14 @@ def run(config, train=distill):
     probe = [load_data(config.probe_dataset, split, config)[0] for split in ("train", "test")]
     if config.eval_only:                                # a student.pt says what it is
         stored = torch.load(config.eval_only, map_location="cpu", weights_only=True)
-        if classes != stored.get("classes"):
-            raise ValueError(f"{config.eval_only} has other classes than {config.dataset}")
+        if stored.get("classes") != classes or stored.get("image_size") != config.image_size:
+            raise ValueError(f"{config.eval_only} is of other classes or image size")
         student = load_teacher(stored["arch"], len(classes), config.eval_only).to(config.device)
         return score({"student": student}, test, probe, config)
     teacher, state = prepare(config, classes)
     student, untrained, out = state.student, copy.deepcopy(state.student), Path(config.out)
     accuracy = top1(*predict(teacher, test, config.device)[:2])
-    print(f"teacher: {accuracy:.2f} %. If that is low, check --mean and --std.", flush=True)
+    print(f"teacher: {accuracy:.2f} %. If low, check --mean and --std.", flush=True)
     log, kept = out / "metrics.jsonl", []
     if (out / "last.pt").exists():                      # resumed: the log is cut to where it is
         state.load_state_dict(torch.load(out / "last.pt", config.device, weights_only=True))
@@ -1059,7 +1060,7 @@ def run(config, train=distill):
     train(teacher, student, config, state=state, on_cycle=on_cycle, progress=progress)
     images, labels = state.bank.sample(100)
     torchvision.utils.save_image(images[labels.argsort()], out / "samples.png", nrow=10)
-    save(export(student, config.student, classes), out / "student.pt")
+    save(export(student, config.student, classes, config.image_size), out / "student.pt")
     networks = {"student": student, "teacher": teacher, "untrained": untrained}
     counts = {"cycles": state.cycle, "images": state.bank.pushed, "seconds": state.seconds}
     save(json.dumps(score(networks, test, probe, config) | counts, indent=1), out / "summary.json")
@@ -1071,8 +1072,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_args(words)
         with contextlib.suppress(OSError, AttributeError, TypeError):   # a C library that has none
-            mallopt = ctypes.CDLL(None).mallopt         # fetching pages anew at each step is slow
-            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)    # M_MMAP_MAX, M_TRIM_THRESHOLD
+            libc = ctypes.CDLL(None)                    # fetching pages anew at each step is slow
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_MAX, M_TRIM_THRESHOLD
         if not config.eval_only:
             new = time.strftime(f"runs/%Y%m%d-%H%M%S_{os.getpid()}")
             config.out = config.resume or config.out or new
@@ -1081,18 +1082,17 @@ def main(argv: list[str] | None = None) -> int:
         run(config)
         return 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted; if a cycle is done, go on with --resume {out}", file=sys.stderr)
+        print(f"\ninterrupted; after a cycle, go on with --resume {out}", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as e:
         if "--debug" in words:
             raise
-        kind = f"({type(error).__name__}; --debug shows where)"
-        print("error:", *str(error).split(), kind, file=sys.stderr)
+        print("error:", *str(e).split(), f"({type(e).__name__}; --debug shows where)", file=sys.stderr)
         return 2
     finally:
-        for folder in (out, "data", "checkpoints"):     # goes again if nothing came into it
+        for folder in (out, "runs", "data", "checkpoints"):     # goes again if it is empty
             with contextlib.suppress(OSError):
-                os.removedirs(folder)
+                os.rmdir(folder)
 
 
 if __name__ == "__main__":

@@ -629,8 +629,10 @@ def test_a_run_directory_is_complete_and_scored_alike_later(workdir, monkeypatch
     assert re.search(f"student: top-1 {top:.2f} %.* {probe:.2f} %", capsys.readouterr().out)
 
 
-def test_resume_is_exact(here, monkeypatch, capsys):
-    assert main("--out runs/whole --seed 3") == 0
+@pytest.mark.parametrize("mode", ["decoupled", "no-decoupled"])
+def test_resume_is_exact(mode, here, monkeypatch, capsys):
+    whole, cut = f"runs/{mode}-whole", f"runs/{mode}-cut"
+    assert main(f"--{mode} --seed 3 --out {whole}") == 0
     assert Path("checkpoints/shapes_resnet8_32px_1epochs_seed3.pth").exists()
     real = C.save
     def interrupted(thing, path):
@@ -639,16 +641,16 @@ def test_resume_is_exact(here, monkeypatch, capsys):
         real(thing, path)
     with monkeypatch.context() as patch:
         patch.setattr(C, "save", interrupted)
-        assert main("--out runs/cut --seed 3") == 130
-    assert "--resume runs/cut" in capsys.readouterr().err and logged("runs/cut") == [1, 2]
+        assert main(f"--{mode} --seed 3 --out {cut}") == 130
+    assert f"--resume {cut}" in capsys.readouterr().err and logged(cut) == [1, 2]
     for _ in range(2):                          # the second time it is a finished run
-        assert main("--resume runs/cut") == 0
-        whole, cut = (tensors("runs", name, "last.pt") for name in ("whole", "cut"))
-        *others, _, _ = zip(whole.pop("_extra_state"), cut.pop("_extra_state"))     # not seconds
-        for one, other in others:
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
-        assert same(whole, cut) and logged("runs/cut") == [1, 2]
-    assert Path("runs/cut/summary.json").exists()
+        assert main(f"--resume {cut}") == 0
+        one, other = tensors(whole, "last.pt"), tensors(cut, "last.pt")
+        *states, _, _ = zip(one.pop("_extra_state"), other.pop("_extra_state"))     # not seconds
+        for ours, theirs in states:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        assert same(one, other) and logged(cut) == [1, 2]
+    assert Path(cut, "summary.json").exists()
 
 
 def test_minutes_are_those_of_all_cycles_also_of_a_resumed_run(here, monkeypatch):
@@ -665,13 +667,18 @@ def test_a_signal_says_how_to_go_on_and_two_runs_get_two_directories(workdir):
         [sys.executable, str(HERE / "cae_dfkd.py"), *words], cwd=workdir, stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))
         for number in (signal.SIGINT, signal.SIGTERM)]
-    for number, run in runs:
-        while not list(workdir.glob(f"runs/*_{run.pid}/last.pt")):
-            assert run.poll() is None
-            time.sleep(0.05)
-        run.send_signal(number)
-        (out,) = workdir.glob(f"runs/*_{run.pid}")
-        assert f"--resume runs/{out.name}" in str(run.communicate()) and run.returncode == 130
+    try:
+        for number, run in runs:
+            for _ in range(3000):               # of a twentieth of a second
+                if run.poll() is not None or list(workdir.glob(f"runs/*_{run.pid}/last.pt")):
+                    break
+                time.sleep(0.05)
+            run.send_signal(number)
+            (out,) = workdir.glob(f"runs/*_{run.pid}")
+            assert f"--resume runs/{out.name}" in str(run.communicate()) and run.returncode == 130
+    finally:
+        for _, run in runs:
+            run.kill()
 
 
 def test_a_public_teacher_is_fetched_once_and_checked(here, tmp_path, monkeypatch, capsys):

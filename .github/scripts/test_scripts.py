@@ -294,7 +294,7 @@ def test_voc_layout_and_the_command_line(tmp_path, monkeypatch, capsys):
     assert target["boxes"][0].tolist() == [15, 4.5, 32, 15]             # scaled and clipped
     net = C.build_model("resnet8", 4)
     torch.save(net.state_dict(), "bare.pth")
-    torch.save(C.export(C.Normalized(net, *C.IMAGENET), "resnet8", list("abcd")), "student.pt")
+    torch.save(C.export(C.Normalized(net, *C.IMAGENET), "resnet8", list("abcd"), 32), "student.pt")
     words = ["student.pt", "resnet8=bare.pth", "--data", ".", "--size", "32", "--picture", "p.png"]
     assert D.main(words) == 0 and Image.open("p.png").size[1] > 3 * 192
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
