@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     given = vars(parser.parse_args(argv))               # only what was typed
     if "resume" in given:
         if given.keys() - {"resume", "debug"}:
-            raise ValueError("a resumed run keeps its settings: give --resume alone")
+            raise ValueError("a resumed run has its settings: give --resume alone")
         given = json.loads(Path(given["resume"], "config.json").read_text()) | given
     elif given.get("dataset", "shapes") == "shapes":
         given = SHAPES_PRESET | given
@@ -213,7 +213,7 @@ def build_model(arch: str, num_classes: int) -> nn.Module:
     if arch in ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56"):
         return cifar_resnet(int(arch[6:]), num_classes)
     if arch not in ("resnet18", "resnet34", "resnet50"):
-        raise ValueError(f"unknown network {arch!r}; --help lists those that are known")
+        raise ValueError(f"unknown network {arch!r}; --help lists all")
     model = getattr(torchvision.models, arch)(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
@@ -295,7 +295,7 @@ def find_layers(model, image, extractor=False):
         if is_map and y.shape[1] > 3 and not patches and y.shape[2] <= min(maps, default=math.inf):
             maps[y.shape[2]] = name_of[layer]
     if not heads:
-        raise ValueError(f"{type(model).__name__} does not end in an nn.Linear: pass (head, maps)")
+        raise ValueError(f"{type(model).__name__} ends in no nn.Linear: pass (head, maps)")
     return heads[-1], list(dict.fromkeys(maps.values()))
 
 
@@ -389,7 +389,7 @@ class MemoryBank(nn.Module):
     def push(self, images: Tensor, labels: Tensor) -> None:
         """images (B, 3, S, S) in [0, 1], else clamped; labels (B,). The oldest go."""
         if not images.isfinite().all():
-            raise ValueError("an image for the memory bank is not finite")
+            raise ValueError("an image for the bank is not finite")
         new = torch.arange(len(labels), device=self.labels.device)
         slot = (self.pushed + new) % len(self.labels)
         self.images[slot] = (images.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -539,13 +539,13 @@ class State(nn.Module):
             t, f_t, maps_t = read(teacher, image, self.teacher_layers)
             s, f_s, maps_s = read(student, image, self.student_layers)
         if student is teacher or t.shape != s.shape:
-            raise ValueError("teacher and student must be two networks of as many categories")
+            raise ValueError("teacher and student: two networks of as many categories")
         rows = teacher.get_submodule(self.teacher_layers[0]).weight.detach().flatten(1)     # (K, D)
         if prior is None:
             prior = {"teacher": rows, "index": torch.eye(len(rows))}.get(config.prior, [])
         prior = torch.as_tensor(prior).float().to(device)
         if prior.ndim != 2 or len(prior) != len(rows) or not 0 < prior.var(0).sum() < math.inf:
-            raise ValueError(f"the prior must be ({len(rows)}, E), finite and not all alike")
+            raise ValueError(f"the prior must be ({len(rows)}, E), finite, not all alike")
         self.student, self.cend = student, CEND(prior, config.magnitudes)
         self.generator = generator or Generator(prior.shape[1], size, config.generator_width)
         # h: one linear projection serves eq. 8 and eq. 9, others eq. 8 at places.    [our choice]
@@ -975,7 +975,7 @@ def load_data(dataset, split, config):
             data = datasets.ImageFolder(f"{dataset}/{split}", steps)
             learnt = [f.name for f in Path(dataset, "train").glob("*") if f.is_dir()]
             if len(data.classes) < 2 or learnt and data.classes != sorted(learnt):
-                raise ValueError(f"{dataset}: train/ and test/ need the same two or more classes")
+                raise ValueError(f"{dataset}: train/, test/ need the same two or more classes")
         images, labels = zip(*DataLoader(data, 256))    # decoded once, kept in memory
         return TensorDataset(torch.cat(images), torch.cat(labels)), data.classes
     except (OSError, RuntimeError) as error:
@@ -1087,7 +1087,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         if "--debug" in words:
             raise
-        print("error:", *str(e).split(), f"({type(e).__name__}; --debug shows where)", file=sys.stderr)
+        print("error:", *str(e).split(), f"({type(e).__name__}; see --debug)", file=sys.stderr)
         return 2
     finally:
         for folder in (out, "runs", "data", "checkpoints"):     # goes again if it is empty
