@@ -245,7 +245,7 @@ def test_networks_are_those_of_the_papers():
     ("resnet20", "state_dict", "module.", {"fc.": "linear."}),                          # akamaster
     ("resnet50", "model", "", {"fc.": "classifier."}), ("resnet34", "", "", {})])       # timm
 def test_public_layouts_load_and_give_the_same_logits(arch, wrapper, prefix, renamed, tmp_path):
-    net, x, stored = C.build_model(arch, 10).eval(), torch.rand(2, 3, 32, 32), {}
+    net, x, stored = C.build_model(arch, 10).eval(), torch.rand(2, 3, 32, 32).double(), {}
     for key, value in net.state_dict().items():
         if value.ndim == 1:                     # BatchNorm as after training
             value.uniform_(0.5, 1.5)
@@ -255,7 +255,7 @@ def test_public_layouts_load_and_give_the_same_logits(arch, wrapper, prefix, ren
             stored[prefix + key] = value
     torch.save({wrapper: stored, "epoch": 3} if wrapper else stored, tmp_path / "t.pth")
     teacher = C.load_teacher(arch, 10, tmp_path / "t.pth", (0, 0, 0), (1, 1, 1))
-    torch.testing.assert_close(teacher(x), net(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(teacher.double()(x), net.double()(x))
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -346,16 +346,14 @@ def test_networks_of_other_people_teach_and_learn(teacher, student):
     state = C.State(*pair, config, teacher_layers=layers[0], student_layers=layers[1])
     C.distill(*pair, config, state=state, on_cycle=lambda state, metrics: seen.update(metrics))
     assert seen["kd"] > 0 and seen["cae"] > 0   # and finite, else distill had raised
-    after = pair[1].state_dict()
-    assert not same(before, after) and all(v.isfinite().all() for v in after.values())
+    assert not same(before, pair[1]) and all(v.isfinite().all() for v in pair[1].parameters())
 
 
 # ===== A second implementation of the method: by hand, with the same random numbers ===============
 def outputs(net, x):
     """Of a CIFAR ResNet: logits, embedding, maps (coarsest first)."""
     one = net.layer1(torch.relu(net.bn1(net.conv1(x))))
-    two = net.layer2(one)
-    three = net.layer3(two)
+    three = net.layer3(two := net.layer2(one))
     return net.fc(three.mean((2, 3))), three.mean((2, 3)), [three, two, one]
 
 
@@ -586,8 +584,7 @@ def workdir(tmp_path_factory):
             if "/t" in place:
                 Image.effect_noise((64, 64), 50).save(f"{place}/x.png")
         os.truncate("torn/test/b/x.png", 200)
-        np.save("wrong.npy", torch.rand(3, 7))
-        np.save("nan.npy", torch.rand(10, 7) * math.nan)
+        np.save("wrong.npy", np.eye(7)), np.save("nan.npy", np.eye(10) * math.nan)
         net = C.build_model("resnet8", 10).state_dict()
         torch.save(net, "fine.pth")
         torch.save({k: v * math.nan for k, v in net.items()}, "nan.pth")
@@ -597,7 +594,8 @@ def workdir(tmp_path_factory):
                                ("range", '"kd_steps": 2', '"kd_steps": -2')):
             text = Path("runs/a/config.json").read_text().replace(old, new, 1)
             Path("bad", name, "config.json").write_text(text)
-        torch.save(torch.load("runs/a/last.pt") | {"bank.labels": torch.zeros(3)}, "bad/last/last.pt")
+        saved = torch.load("runs/a/last.pt")
+        torch.save(saved | {"bank.labels": torch.zeros(3)}, "bad/last/last.pt")
         yield Path.cwd()
 
 
@@ -641,7 +639,6 @@ def test_resume_is_exact(mode, here, monkeypatch, capsys):
         for ours, theirs in states:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         assert same(one, other) and logged(cut) == [1, 2]
-    assert Path(cut, "summary.json").exists()
 
 
 def test_minutes_are_those_of_all_cycles_also_of_a_resumed_run(here, monkeypatch):
@@ -693,8 +690,8 @@ def test_a_public_teacher_is_fetched_once_and_checked(here, tmp_path, monkeypatc
 
 def test_help_names_every_field_and_debug_raises(capsys):
     assert main("--help") == 0
-    text, fields = " ".join(capsys.readouterr().out.split()), vars(C.Config())
-    assert all(f" --{name.replace('_', '-')} " in text.replace(",", "") for name in fields)
+    text, fields = re.sub(r"[\s,]+", " ", capsys.readouterr().out), vars(C.Config())
+    assert all(f" --{name.replace('_', '-')} " in text for name in fields)
     assert text.count("(default: ") == len(fields)
     preset = C.SHAPES_PRESET | {"student_lr": 0.3, "student": "resnet8"}
     assert vars(C.parse_args(["--student-lr", "0.3"])).items() >= preset.items()    # typed: first
@@ -772,7 +769,7 @@ def test_the_public_teacher_scores_on_real_images_what_it_should(here, capsys):
 def test_file_keeps_its_promises():
     nodes, lines = list(ast.walk(ast.parse(SOURCE))), SOURCE.splitlines()
     functions = [n for n in nodes if isinstance(n, ast.FunctionDef)]
-    assert [f.name for f in functions if f.end_lineno - f.lineno >= 50] == []
+    assert max(f.end_lineno - f.lineno for f in functions) < 50
     assert len(lines) <= 1100 and max(map(len, lines)) <= 100 and ".cuda(" not in SOURCE
     assert "# ===== 6" in "\n".join(lines[:760])    # the method ends before
     named = (ast.Module, ast.ClassDef, ast.FunctionDef)
