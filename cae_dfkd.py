@@ -308,7 +308,7 @@ def read(model, x, layers):
     for layer, entered, left in heard:
         if layer is head and layers[0]:
             f = entered.mean((2, 3)) if entered.ndim == 4 else entered      # 4: a 1x1 convolution
-        elif layer in maps and left[0, 0].numel() > 1:
+        elif layer in maps and left.ndim == 4 and left[0, 0].numel() > 1:
             last[left.shape[2:]] = left                 # of each resolution
     return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())
 
