@@ -645,8 +645,7 @@ def test_resume_is_exact(mode, here, monkeypatch, capsys):
 def test_minutes_are_those_of_all_cycles_also_of_a_resumed_run(here, monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))      # a second a look
-    print_cycle = Mock(side_effect=[None, KeyboardInterrupt, None, None, None])
-    monkeypatch.setattr(C, "print_cycle", print_cycle)
+    monkeypatch.setattr(C, "print_cycle", Mock(side_effect=[None, KeyboardInterrupt, *3 * [None]]))
     assert main("--minutes 0.0833 --out runs/minutes") == 130           # 5 seconds
     assert main("--resume runs/minutes") == 0 and logged("runs/minutes") == [1, 2, 3, 4, 5]
 
