@@ -666,9 +666,9 @@ def student_step(state, teacher, images, labels, config):
 
     S_r, T_r are paired from the coarsest map on; places of one image are no negatives of each
     other, since they share its label. An embedding is only the mean of the last map, and maps that
-    differ everywhere can share it. At a place the student has to match what the
-    teacher has there better than what it has at places of other categories' images. So maps, and
-    not just their means, become alike, and lower layers are taught directly.        [our choice]
+    differ everywhere can share it. At a place the student has to match what the teacher has there
+    better than what the teacher has at places of other categories' images. So maps, and not just
+    their means, become alike, and lower layers are taught directly.                 [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
