@@ -389,7 +389,7 @@ class MemoryBank(nn.Module):
     def push(self, images: Tensor, labels: Tensor) -> None:
         """images (B, 3, S, S) in [0, 1], else clamped; labels (B,). The oldest go."""
         if not images.isfinite().all():
-            raise ValueError("an image for the bank is not finite")
+            raise FloatingPointError("an image is not finite: lower a step size")
         new = torch.arange(len(labels), device=self.labels.device)
         slot = (self.pushed + new) % len(self.labels)
         self.images[slot] = (images.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -523,10 +523,10 @@ class State(nn.Module):
 
     prior (K, E): category embeddings; else the rows of the teacher's head, which point to where it
     sees a category and need no language model; with config.prior "index" one-hot rows. generator:
-    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]; a `seed_layer` is drawn anew in each decoupled
-    round. teacher_layers, student_layers: (head, maps) in place of what `find_layers` finds. Maps
-    of both are paired from the coarsest on, whatever their resolutions; finer ones that are left
-    over go unused. Raises ValueError for what does not fit together.
+    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]. teacher_layers, student_layers: (head, maps) in
+    place of what `find_layers` finds. Maps of both are paired from the coarsest on, whatever their
+    resolutions; finer ones that are left over go unused. Raises ValueError for what does not fit
+    together.
     """
     def __init__(self, teacher: nn.Module, student: nn.Module, config: Config, prior=None,
                  generator: nn.Module | None = None, teacher_layers=None, student_layers=None):
@@ -590,7 +590,7 @@ def autocast(like, config):
 
 
 def generator_step(state, teacher, e_hat, labels, config):
-    """One Adam step on eq. 6, for ê (B, E) -> (images before it, their L_G, its terms), detached.
+    """One Adam step on eq. 6, for ê (B, E) -> (images before it, numbers about them), detached.
 
     BatchNorm layers of a teacher that was trained on crops with black padding hold the statistics
     of images with black borders. So it is shown such crops, drawn anew in each step: otherwise the
@@ -612,13 +612,14 @@ def generator_step(state, teacher, e_hat, labels, config):
     loss.backward()
     state.generator_optimizer.step()                    # G only: T and S are frozen
     terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
-    return images.detach(), loss.detach(), terms
+    terms["recognised"] = (t.argmax(1) == labels).float().mean()        # by the teacher
+    return images.detach(), terms
 
 
 def synthesis_round(state, teacher, config, steps):
     """Phase A, the student frozen: one noise draw, some generator steps, images to the bank.
 
-    Returns the loss terms of the last step, and how many of the new images the teacher recognises.
+    Returns the terms of the loss in the last step, and the share of images that T recognised.
     """
     # Categories in turn, from a random first. The draw is held for the round, since a few steps
     # can fit the images of one draw but not a map from all noise.                    [our choice]
@@ -626,22 +627,10 @@ def synthesis_round(state, teacher, config, steps):
     first = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
     e_hat = state.cend(labels) if config.cend else torch.randn_like(e[labels])      # eq. 1
-    if config.decoupled and hasattr(state.generator, "seed_layer"):
-        # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
-        # learnt to draw for this teacher, stays.
-        state.generator.seed_layer.reset_parameters()
-        state.generator_optimizer.state.clear()         # its moments
-    # The images of the step with the lowest L_G are kept, as in NAYER. NaN is never the lowest.
-    best = torch.zeros(len(e_hat), *state.bank.images.shape[1:], device=e.device)
-    lowest = torch.full((), math.inf, device=e.device)  # a number would make the CPU wait for a GPU
     with frozen(state.student):
         for _ in range(steps):
-            images, loss, terms = generator_step(state, teacher, e_hat, labels, config)
-            best = torch.where(loss < lowest, images, best)
-            lowest = torch.fmin(loss, lowest)
-    state.bank.push(best, labels)                       # as uint8, as a picture file has
-    with torch.no_grad(), autocast(best, config):
-        terms["recognised"] = (teacher(best).argmax(1) == labels).float().mean()
+            images, terms = generator_step(state, teacher, e_hat, labels, config)
+    state.bank.push(images, labels)                     # as uint8, as a picture file has
     return terms
 
 
@@ -716,11 +705,11 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     stays bit-identical; layers of the student that need no gradient stay so. prior: as in State.
     state: of this student, to go on from, or with parts of your own. on_cycle(state, metrics)
     follows each cycle. progress(state): the fraction of the run that is over, by default of
-    config.cycles. Returns the student, in eval mode. Raises FloatingPointError that names the cycle
-    and what is not finite: a loss, or the norm of all weights. Seeds torch by config.seed.
+    config.cycles. Returns the student, in eval mode. Raises FloatingPointError for images, losses
+    or weights that are not finite. Seeds torch by config.seed.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
-    and one student step, on just this turn's images; no warm-up rounds, the seed layer is kept.
+    and one student step, on just this turn's images; no warm-up rounds.
     """
     if state is None:
         torch.manual_seed(config.seed)
