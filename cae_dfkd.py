@@ -15,8 +15,8 @@ image (eq. 2). One *cycle* is:
 
 Phase A, synthesis: for one noise draw the generator is trained for a few steps, so that the teacher
 recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm layers
-are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). Those of
-the best step go to a memory bank.
+are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
+of the last step go to a memory bank.
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
 logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of

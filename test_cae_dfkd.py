@@ -782,6 +782,12 @@ def test_readme_keeps_its_promises(tmp_path, monkeypatch):
     assert [int(row[0]) for row in rows] == list(range(1, 11))
     for _, name, line in rows:
         assert re.match(rf"(def|class) {name}\b", SOURCE.splitlines()[int(line) - 1]), name
+    assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)", README))
+    assert max(map(len, README.splitlines())) <= 120
+    log = (HERE / ".github/experiments.md").read_text().replace("−", "-")
+    results = "".join(re.findall(r"^\|.*\n", README.split("## Results")[1], re.M)).replace("−", "-")
+    numbers = re.findall(r"[+-]?\d+\.\d(?: ± \d+\.\d)?", results)
+    assert len(numbers) > 40 and not [n for n in numbers if n not in log]     # none without its run
     snippets = re.findall(r"```python\n((?!import clip).*?)```", README, re.S)
     assert snippets
     for text in snippets:

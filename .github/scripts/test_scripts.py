@@ -300,3 +300,29 @@ def test_voc_layout_and_the_command_line(tmp_path, monkeypatch, capsys):
     assert [name for name, _ in rows] == ["student.pt", "bare.pth", "untrained resnet8"]
     for wrong in (["bare.pth"], ["student.pt", "--data", "photos:."], ["none.pt"]):
         assert D.main(wrong) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+# ===== Accuracy and five folds ====================================================================
+def test_every_image_is_probed_once_by_a_probe_that_has_not_seen_it(here, monkeypatch, capsys):
+    for split in ("train", "test"):
+        for red in range(20):
+            folder = Path(f"images/{split}/{red % 2}")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (red, 0, 9 * (split == "test"))).save(folder / f"{red}.png")
+    seen = []
+    def probe(network, train, test, device):
+        fitted, held = ({tuple(x[:, 0, 0].tolist()) for x, _ in split} for split in (train, test))
+        seen.append(held)
+        assert len(fitted) == 32 and len(held) == 8 and not fitted & held
+        return {"accuracy": float(len(seen))}
+    monkeypatch.setattr(C, "linear_probe", probe)
+    net = C.Normalized(C.build_model("resnet8", 2), *C.IMAGENET)
+    torch.save(C.export(net, "resnet8", list("ab"), 32), "student.pt")
+    transfer = importlib.import_module("transfer")
+    assert transfer.main(["student.pt", "--images", "images", "--probe", "images"]) == 0
+    assert len(set.union(*seen[:5])) == 40 and seen[5:] == seen[:5]     # the same folds for all
+    images = torch.tensor([[r, 0, b] for b in (0, 9) for r in range(20)]) / 255
+    right = net.eval()(images[:, :, None, None].expand(-1, -1, 32, 32)).argmax(1)
+    accuracy = 100 * (right == torch.arange(40) % 2).float().mean()
+    assert f"| student.pt | {accuracy:.2f} | 3.00 |" in capsys.readouterr().out
+    assert transfer.main(["nothing.pt"]) == 2
