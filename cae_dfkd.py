@@ -523,10 +523,10 @@ class State(nn.Module):
 
     prior (K, E): category embeddings; else the rows of the teacher's head, which point to where it
     sees a category and need no language model; with config.prior "index" one-hot rows. generator:
-    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]. teacher_layers, student_layers: (head, maps) in
-    place of what `find_layers` finds. Maps of both are paired from the coarsest on, whatever their
-    resolutions; finer ones that are left over go unused. Raises ValueError for what does not fit
-    together.
+    an own one, ê (B, E) -> (B, 3, S, S) in [0, 1]; a `seed_layer` is drawn anew in each decoupled
+    round. teacher_layers, student_layers: (head, maps) in place of what `find_layers` finds. Maps
+    of both are paired from the coarsest on, whatever their resolutions; finer ones that are left
+    over go unused. Raises ValueError for what does not fit together.
     """
     def __init__(self, teacher: nn.Module, student: nn.Module, config: Config, prior=None,
                  generator: nn.Module | None = None, teacher_layers=None, student_layers=None):
@@ -627,6 +627,12 @@ def synthesis_round(state, teacher, config, steps):
     first = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
     e_hat = state.cend(labels) if config.cend else torch.randn_like(e[labels])      # eq. 1
+    if config.decoupled and hasattr(state.generator, "seed_layer"):
+        # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
+        # learnt to draw for this teacher, stays. Runs of 8 cycles do as well without, long ones do
+        # not: otherwise the images of later rounds are too like those of earlier ones.
+        state.generator.seed_layer.reset_parameters()
+        state.generator_optimizer.state.clear()         # its moments
     with frozen(state.student):
         for _ in range(steps):
             images, terms = generator_step(state, teacher, e_hat, labels, config)
@@ -657,7 +663,8 @@ def student_step(state, teacher, images, labels, config):
     other, since they share its label. An embedding is only the mean of the last map, and maps that
     differ everywhere can share it. At a place the student has to match what the teacher has there
     better than what the teacher has at places of other categories' images. So maps, and not just
-    their means, become alike, and lower layers are taught directly.                 [our choice]
+    their means, become alike, and lower layers are taught directly. Most of the accuracy comes from
+    the finer maps, and what helps to find objects from the last one.                [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
@@ -709,7 +716,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     or weights that are not finite. Seeds torch by config.seed.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
-    and one student step, on just this turn's images; no warm-up rounds.
+    and one student step, on just this turn's images; no warm-up rounds, the seed layer is kept.
     """
     if state is None:
         torch.manual_seed(config.seed)

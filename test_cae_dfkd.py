@@ -404,6 +404,9 @@ def by_hand(teacher, student, state, c):
         for _ in range(1 + c.warmup_rounds if cycle == 0 and c.decoupled else 1):       # phase A
             labels = (torch.arange(20) + torch.randint(4, ())) % 4
             e_hat = state.cend(labels) if c.cend else torch.randn(20, 64)   # CEND: its own test
+            if c.decoupled:
+                generator.seed_layer.reset_parameters()
+                adam = torch.optim.Adam(generator.parameters(), c.generator_lr, betas=(0.5, 0.999))
             for _ in range(steps[0]):
                 images = generator(e_hat)                                               # eq. 3 to 6
                 seen = crop(images, torch.rand(20, 3), "constant") if c.synth_crop else images

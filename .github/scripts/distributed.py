@@ -53,13 +53,19 @@ def connect(state, config):
     """From here on the steps of `distill` keep networks and bank equal in all processes."""
     for optimizer in (state.generator_optimizer, state.student_optimizer):
         optimizer.register_step_pre_hook(average_gradients)
-    push = state.bank.push
+    seed_layer, push = state.generator.seed_layer, state.bank.push
+    reset = seed_layer.reset_parameters
+    def reset_alike():
+        reset()
+        for parameter in seed_layer.parameters():
+            dist.broadcast(parameter.data, 0)
     def push_all(*images_and_labels):
         for sender in range(dist.get_world_size()):     # in one order everywhere
             copies = [t.clone(memory_format=torch.contiguous_format) for t in images_and_labels]
             for copy in copies:
                 dist.broadcast(copy, sender)
             push(*copies)
+    seed_layer.reset_parameters = reset_alike
     # In coupled training the bank holds one round, and each round replaces it. So each process
     # keeps its own there, and the number of images that a run reports is that of process 0.
     if config.decoupled:
