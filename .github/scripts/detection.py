@@ -380,6 +380,15 @@ def load_network(word):
     return C.load_teacher(arch, classes, path), path, arch, classes
 
 
+def load_networks(words):
+    """Networks by file, and behind them an untrained one of the first's architecture."""
+    loaded = [load_network(word) for word in words]
+    first, _, arch, classes = loaded[0]
+    torch.manual_seed(0)
+    untrained = C.Normalized(C.build_model(arch, classes), first.mean, first.std)
+    return [*((path, network) for network, path, _, _ in loaded), (f"untrained {arch}", untrained)]
+
+
 def save_detections(scenes, found, path, columns=8):
     """A row for each network: the first images with its best guesses, of a score above 0.5."""
     colours = "yellow", "red", "cyan", "magenta", "lime", "white", "orange", "blue"
@@ -397,12 +406,7 @@ def save_detections(scenes, found, path, columns=8):
 
 def run(args):
     """Scores all networks: prints the table and, if asked to, saves the picture."""
-    loaded = [load_network(word) for word in args.files]
-    networks = [(path, network) for network, path, _, _ in loaded]
-    first, _, arch, classes = loaded[0]
-    torch.manual_seed(0)
-    untrained = C.Normalized(C.build_model(arch, classes), first.mean, first.std)
-    networks.append((f"untrained {arch}", untrained))
+    networks = load_networks(args.files)
     train, test, names = load_detection(args.data, args.size)
     found = []
     print(f"| network | AP50 on {args.data} |\n|---|---|")
@@ -412,6 +416,19 @@ def run(args):
         print(f"| {name} | {probe['ap50']:.2f} |", flush=True)
     if args.picture:
         save_detections(test, found, args.picture)
+
+
+def exit_code(run, args):
+    """run(args) -> 0, or 2 with one line that says what is to be mended."""
+    try:
+        run(args)
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split())
+        print(f"error: {text} ({type(error).__name__}; --debug shows where)", file=sys.stderr)
+        return 2
 
 
 def main(argv=None):
@@ -424,16 +441,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--picture")
     parser.add_argument("--debug", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except Exception as error:
-        if args.debug:
-            raise
-        text = " ".join(str(error).split())
-        print(f"error: {text} ({type(error).__name__}; --debug shows where)", file=sys.stderr)
-        return 2
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of the scripts: detection, several processes, more networks, benchmark.
+"""Tests of the scripts: detection, transfer, several processes, more networks, benchmark.
 
     python -m pytest -q .github/scripts/test_scripts.py
 """

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cae_dfkd as C
-from detection import load_network
+from detection import exit_code, load_networks
 
 
 def load_all(folder):
@@ -49,16 +49,10 @@ def probe_in_folds(network, images, labels, device="cpu", folds=5):
 
 def run(args):
     """Scores all networks and prints the table."""
-    loaded = [load_network(word) for word in args.files]
-    first, _, arch, classes = loaded[0]
-    torch.manual_seed(0)
-    untrained = C.Normalized(C.build_model(arch, classes), first.mean, first.std)
-    networks = [(path, network) for network, path, _, _ in loaded]
-    networks.append((f"untrained {arch}", untrained))
     own = load_all(args.images) if args.images else None
     other = load_all(args.probe) if args.probe else None
     print("| network | accuracy | linear probe |\n|---|---|---|")
-    for name, network in networks:
+    for name, network in load_networks(args.files):
         network = network.to(args.device)
         accuracy = probed = ""
         if own:
@@ -78,16 +72,7 @@ def main(argv=None):
     parser.add_argument("--probe")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--debug", action="store_true")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except Exception as error:
-        if args.debug:
-            raise
-        text = " ".join(str(error).split())
-        print(f"error: {text} ({type(error).__name__}; --debug shows where)", file=sys.stderr)
-        return 2
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
