@@ -471,8 +471,8 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
     be places in feature maps: `student_step` adds up both.
 
     InfoNCE whose negatives are of *other* categories only [our choice]: two images of one category
-    need not be told apart. (A ResNet-8 of 8 cycles was as good when they were.) Targets are
-    centred, since features after a ReLU all point into one corner.
+    need not be told apart. (In five pairs of 8 cycles ResNet-8 was as good when they were.) Targets
+    are centred, since features after a ReLU all point into one corner.
     """
     z = F.normalize(z, dim=1)
     f = F.normalize(targets - targets.mean(0), dim=1)
@@ -593,7 +593,7 @@ def generator_step(state, teacher, e_hat, labels, config):
     loss = l_ce + config.lambda_fm * l_fm + config.lambda_adv * l_adv               # eq. 6
     state.generator_optimizer.zero_grad()
     loss.backward()
-    state.generator_optimizer.step()                    # it holds the weights of G alone
+    state.generator_optimizer.step()                    # it has the weights of G alone
     terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
     terms["recognised"] = (t.argmax(1) == labels).float().mean()        # by the teacher
     return images.detach(), terms
@@ -613,7 +613,7 @@ def synthesis_round(state, teacher, config, steps):
     if config.decoupled and hasattr(state.generator, "seed_layer"):
         # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
         # learnt to draw for this teacher, stays. Without this, a ResNet-8 was as good after 8
-        # cycles, and two points worse after 115 (one run each).
+        # cycles (five pairs); after 115 a single one was two points worse.
         state.generator.seed_layer.reset_parameters()
         state.generator_optimizer.state.clear()         # its moments
     with frozen(state.student):
@@ -645,8 +645,8 @@ def student_step(state, teacher, images, labels, config):
     S_r, T_r are paired from the coarsest map on. An embedding is only the mean of the last map, and
     maps that differ everywhere can share it. At a place the student has to match what the teacher
     has there better than what it has at places of other categories' images, so that maps themselves
-    become alike. And lower layers are taught directly: without the finer maps a ResNet-8 of 8
-    cycles lost 12 points of accuracy, without the coarsest 10 points of AP50.       [our choice]
+    become alike. And lower layers are taught directly: in five pairs of 8 cycles ResNet-8 lost 12
+    points of accuracy without the finer maps, 10 of AP50 without the coarsest.      [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
