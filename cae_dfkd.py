@@ -13,20 +13,20 @@ Every category y has an embedding e_y, by default a row of the teacher's classif
 embedding noise diffusion, adds noise to it (eq. 1), and a light generator turns the sum into an
 image (eq. 2). One *cycle* is:
 
-Phase A, synthesis: for one noise draw the generator is trained for a few steps, so that the teacher
-recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm layers
-are those of the teacher's own training data (eq. 4), and the student disagrees (eq. 5). The images
-of the last step go to a memory bank.
+Phase A, synthesis, is one *round*: for one noise draw the generator takes a few steps, so that the
+teacher recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm
+layers are those of its own training data (eq. 4), and the student is less sure of them (eq. 5). The
+images of the last step go to a memory bank. (The first cycle has some rounds more.)
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
 logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of
 one category together, whatever their noise (eq. 9). That is *decoupled* training; *coupled*
 training takes one step of each network in turns.
 
-Notation   B batch, K categories, H x H pixels, E and D width of a category's, a network's embedding
-           e (K, E) category embeddings   ê (B, E) diffused   x̂ (B, 3, H, H) images in [0, 1]
+Notation   B batch, K categories, H x H pixels; E width of a category embedding, D of a network's
+           e (K, E) category embeddings   ê (B, E) with noise   x̂ (B, 3, H, H) images in [0, 1]
            T teacher, S student; t, s (B, K) their logits; f_T, f_S (B, D) their embeddings: what
-           enters the last linear layer; z = h(f_S) projected to the width of f_T
+           enters the last linear layer; z = h(f_S), h a linear layer to the width of f_T
 
 eq  what                               where                            source
  1  ê = e_y + M_n ⊙ q_n                CEND                             paper
@@ -40,7 +40,7 @@ eq  what                               where                            source
  9  L_CNCL, contrastive                contrastive_loss                 paper: pairs; form of SupCon
 10  L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL        student_step        paper: KD + CNCL; rest ours
 
-Equation numbers, and what a line calls [our choice], are ours. Summary: one of the notes alone.
+Summary: what one secondary note says. Equation numbers, and what is marked [our choice], are ours.
 Left out, and where it went: detection, several processes, more networks and the benchmark are
 scripts in .github/scripts; other data sets are folders; networks of your own go to `distill`.
 """
@@ -80,7 +80,7 @@ class Config:
     """Every setting of a run. The comment behind a field is the help of its flag.
 
     The numbers are for CIFAR-10 and [our choice]; the README says what was measured of them. The
-    plain command, on drawn shapes, takes SHAPES_PRESET first.
+    plain command, on drawn shapes, takes SHAPES_PRESET first, in which eq. 5 is off.
     """
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
@@ -112,7 +112,7 @@ class Config:
     synth_batch: int = 128              # images of a synthesis round
     synth_steps: int = 12               # generator steps of a round
     generator_lr: float = 4e-3          # Adam step size of the generator, as in NAYER
-    synth_crop: bool = True             # show the teacher crops on black, as in its training
+    synth_crop: bool = True             # in phase A, networks see crops on black, flipped or not
     lambda_fm: float = 25.0             # weight of feature matching, eq. 4
     lambda_adv: float = 1.0             # weight of the adversarial term, eq. 5
     bank_capacity: int = 20_000         # images that the memory bank keeps, the newest
@@ -122,7 +122,7 @@ class Config:
     batch_size: int = 64                # images of a student step
     student_lr: float = 0.15            # SGD step size of the student, before its cosine
     lr_warmup: int = 5                  # cycles of linear warm-up of the student's step size
-    kd_temperature: float = 20.0        # temperature of eq. 7
+    kd_temperature: float = 20.0        # temperature of eq. 7; at 20 it almost matches logits
     lambda_cae: float = 4.0             # weight of the category-aware loss, eq. 8
     lambda_cncl: float = 0.1            # weight of the contrastive term, eq. 9
     places: int = 4                     # places per image at which eq. 8 compares maps; 0: none
@@ -130,9 +130,9 @@ class Config:
     colour_jitter: float = 0.3          # how far colours of the bank's images vary
 
     def __post_init__(self):
-        """One rule for all numbers: none is negative, and those that count are at least 1."""
-        if not (self.cend or self.decoupled):           # noise drawn in each step, and no e_y
-            raise ValueError("--no-cend needs phases: else G cannot know the category")
+        """No number is negative, and those that count are at least 1. (A bool is no count.)"""
+        if not (self.cend or self.decoupled):           # new noise in each step, and no e_y in it
+            raise ValueError("--no-cend needs --decoupled: else G cannot know the category")
         for name, value in vars(self).items():
             low = 1 if type(getattr(Config, name)) is int and name not in MAY_BE_0 else 0
             for number in value if isinstance(value, (tuple, list)) else [value]:
@@ -150,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """Command line -> settings; with --resume those of the run's config.json and no others."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
-    source = inspect.getsource(Config)                  # its comments become the help
+    source = inspect.getsource(Config)                  # its comments become the help: no %
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     for field in dataclasses.fields(Config):
         kind = {"type": type(field.default)}
@@ -192,9 +192,9 @@ def cifar_resnet(depth, num_classes):
     """ResNet-(6n+2) of He et al. for CIFAR, with the parameter names of the public files.
 
     Where the width changes, the shortcut takes every second pixel and adds channels of zeros
-    ("option A"): pooling of one pixel, and padding, which of four dimensions pads the channels.
+    ("option A"). AvgPool2d(1, 2) is x[:, :, ::2, ::2]; the last two paddings are of channels.
     """
-    model = nn.Sequential()                             # runs its parts in this order
+    model = nn.Sequential()                             # runs what follows in this order
     model.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
     model.bn1, model.relu = nn.BatchNorm2d(16), nn.ReLU()
     for i, (width, out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
@@ -224,7 +224,7 @@ def build_model(arch: str, num_classes: int) -> nn.Module:
 
 
 def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default=None):
-    """A checkpoint -> frozen network in eval mode that takes images in [0, 1], a Normalized.
+    """A teacher's file or a student.pt -> Normalized, frozen, in eval mode, for images in [0, 1].
 
     Understands the wrappers state_dict, net and model, the prefix `module.`, heads called linear,
     classifier or fc, shortcuts called shortcut or downsample; loads strictly, and executes nothing.
@@ -233,15 +233,15 @@ def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default
     """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        weights, state = stored, {}
+        weights, renamed = stored, {}
         for wrapper in ("state_dict", "net", "model"):
             weights = weights.get(wrapper, weights)
         for key, value in weights.items():
             key = key.removeprefix("module.").replace(".shortcut.", ".downsample.")
-            state[re.sub(r"^(linear|classifier)\.", "fc.", key)] = value
+            renamed[re.sub(r"^(linear|classifier)\.", "fc.", key)] = value
         net = build_model(arch, num_classes)
         counters = {k: v for k, v in net.state_dict().items() if k.endswith("_tracked")}
-        net.load_state_dict(counters | state)           # old files lack these counters
+        net.load_state_dict(counters | renamed)         # old files lack these counters
         usual = default or IMAGENET
         mean, std = mean or stored.get("mean", usual[0]), std or stored.get("std", usual[1])
         return Normalized(net, mean, std).eval().requires_grad_(False)
@@ -251,7 +251,7 @@ def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, eval mode and no gradient to the weights. Afterwards all is as it was before."""
+    """Inside, eval mode, and gradients to inputs but not to weights: so G learns through T, S."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     model.eval().requires_grad_(False)
@@ -279,13 +279,13 @@ def listen(layers):
 
 
 def find_layers(model, image, extractor=False):
-    """Where a network can be read, by one forward pass of an image (1, 3, H, H).
+    """Names of the layers at which a network is read, by one forward pass of an image (1, 3, H, H).
 
-    -> (head, maps), names of layers, of a ResNet-20 ("fc", ["layer1", "layer2", "layer3"]). The
-    embedding enters the head: the nn.Linear whose output is the network's. extractor=True allows
-    for none, "": then the output is the embedding. Maps are outputs (1, D > 3, h, h), for each
-    h > 1 the last before any coarser one; but of no convolution of the image itself, by which
-    vision transformers cut it into patches.
+    -> (head, maps); for a ResNet-20 ("fc", ["layer1", "layer2", "layer3"]). head: the nn.Linear
+    whose output is the network's own; the embedding is what enters it. extractor=True: a network
+    without such a layer has the head "", and its output is the embedding. maps: for each size h > 1
+    the last layer with an output (1, D > 3, h, h) before any coarser one. A convolution of the
+    image itself does not count: vision transformers only cut it into patches by one.
     """
     with frozen(model), torch.no_grad(), listen(model.modules()) as heard:
         logits = model(image)
@@ -299,19 +299,19 @@ def find_layers(model, image, extractor=False):
         if is_map and y.shape[1] > 3 and not patches and y.shape[2] <= min(maps, default=math.inf):
             maps[y.shape[2]] = name_of[layer]
     if not heads:
-        raise ValueError(f"{type(model).__name__} ends in no nn.Linear: pass (head, maps)")
+        raise ValueError(f"{type(model).__name__} ends in no nn.Linear: name (head, maps)")
     return heads[-1], list(dict.fromkeys(maps.values()))    # a layer may serve two sizes
 
 
 def read(model, x, layers):
-    """One forward pass: logits (B, K), embedding f (B, D), maps (B, D, h, w), coarsest first."""
+    """layers (head, maps) -> logits (B, K), embedding (B, D), maps (B, D, h, w), coarsest first."""
     head, *maps = [model.get_submodule(name) for name in (layers[0], *layers[1])]
     with listen({head, *maps}) as heard:
         logits = model(x)
     f, last = logits, {}
     for layer, before, after in heard:
         if layer is head and layers[0]:
-            f = before.mean((2, 3)) if before.ndim == 4 else before         # 4: a 1x1 convolution
+            f = before.mean((2, 3)) if before.ndim == 4 else before         # a 1x1 convolution
         elif layer in maps and after.ndim == 4 and after[0, 0].numel() > 1:
             last[after.shape[2:]] = after               # the last of each size
     return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())
@@ -328,13 +328,13 @@ class CEND(nn.Module):
 
         ê = e_y + M_n ⊙ q_n,   n ~ U{1..N},   q_n ~ NS_n
 
-    category_embeddings (K, E) in any scale; magnitudes: M_n of N sources, in four families of noise
-    NS_n (beyond four they repeat).
+    category_embeddings (K, E) in any scale; magnitudes: numbers M_n. Noise source NS_n is one of
+    the four laws below, in turn. "Diffusion" only means added noise; no diffusion model is here.
 
     Embeddings are centred, since those of language models are almost parallel, and scaled to a mean
-    squared length of r = min(K-1, E), the number of directions they span. So along such a direction
-    noise of magnitude 1 is as strong as the categories' distance from their mean. In all it is
-    more: with K = 10, E = 64, M = 2, noise has a length of 16 and a category of 3.  [our choice]
+    squared length of r = min(K-1, E), the most directions that they can span: so they have variance
+    1 in each of these, as noise of magnitude 1 has in all E. By length the noise is more: with
+    K = 10, E = 64, M = 2 it measures 2 √64 = 16, and a category √9 = 3.             [our choice]
     """
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
@@ -407,7 +407,7 @@ class MemoryBank(nn.Module):
         return to_float(self.images[i]), self.labels[i]
 
 
-# ===== 4. Losses: pure functions, float32 tensors in, scalar tensor out ===========================
+# ===== 4. Losses: pure functions, float32 tensors (eq. 4: what was heard) in, scalar tensor out ===
 def category_consistency_loss(teacher_logits, labels):
     """Eq. 3 (paper): L_CE = CE(t(x̂), y), batch mean. (B, K), (B,) -> scalar >= 0."""
     return F.cross_entropy(teacher_logits, labels)
@@ -422,8 +422,8 @@ def feature_matching_loss(heard, eps=1e-4):
     -> scalar >= 0. Needs `listen`, BatchStatistics. ValueError if nothing was heard.
 
     It keeps the generator from collapsing onto a few images that the teacher is sure of. Division
-    by σ and the mean over layers are [our choice]: one weight serves every depth. (DeepInversion
-    does not divide, so channels of large values count more.) A norm is not divided by its number of
+    by σ (without it, as in DeepInversion, channels of large values count more) and the mean over
+    layers (so one weight fits any depth) are [our choice]. Norms are not divided by the number of
     channels, so wide layers count more. eps is added to σ², for channels that are nearly constant.
     """
     if not heard:
@@ -442,12 +442,12 @@ def adversarial_loss(student_logits, teacher_logits):
 
     (B, K), (B, K) -> scalar <= 0. Named by the paper; form of NAYER. Where the two disagree already
     the student has something to learn, and more disagreement would drive the images from their
-    category: so only rows on which student and teacher agree count.
+    category: so only rows on which they agree count. The gradient reaches G through both.
     """
-    s = F.log_softmax(student_logits, 1)
-    t = F.log_softmax(teacher_logits, 1)
-    kl = F.kl_div(s, t, log_target=True, reduction="none").sum(1)       # (B,)
-    return -(kl * (s.argmax(1) == t.argmax(1))).mean()
+    log_s = F.log_softmax(student_logits, 1)
+    log_t = F.log_softmax(teacher_logits, 1)
+    kl = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(1)           # (B,)
+    return -(kl * (log_s.argmax(1) == log_t.argmax(1))).mean()
 
 
 def kd_loss(student_logits, teacher_logits, temperature=20.0):
@@ -455,24 +455,24 @@ def kd_loss(student_logits, teacher_logits, temperature=20.0):
 
     (B, K), (B, K) -> scalar >= 0. τ² keeps the size of the gradient when τ changes.
     """
-    s = F.log_softmax(student_logits / temperature, 1)
-    t = F.log_softmax(teacher_logits / temperature, 1)
-    return temperature ** 2 * F.kl_div(s, t, log_target=True, reduction="batchmean")
+    log_s = F.log_softmax(student_logits / temperature, 1)
+    log_t = F.log_softmax(teacher_logits / temperature, 1)
+    return temperature ** 2 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
 
 
 def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
     """Eq. 8, category-aware embedding constraint (summary; form is ours).
 
-        L_CAE = mean_i -log( p_ii / (p_ii + Σ_{k: y_k ≠ y_i} p_ik) )
-        p_ik  = exp( cos(z_i, f_k - f̄) / τ ),   f̄ the mean of all f_k
+        L_CAE = mean_i -log( w_ii / (w_ii + Σ_{k: y_k ≠ y_i} w_ik) )
+        w_ik  = exp( cos(z_i, f_k - f̄) / τ ),   f̄ the mean of all f_k
 
     z (N, D) the student's projected embeddings, targets f (N, D) the teacher's of the same images,
     labels y (N,) -> scalar >= 0. (The category embeddings of eq. 1 play no part.) Rows may as well
     be places in feature maps: `student_step` adds up both.
 
     InfoNCE whose negatives are of *other* categories only [our choice]: two images of one category
-    need not be told apart. (In five pairs of 8 cycles ResNet-8 was as good when they were.) Targets
-    are centred, since features after a ReLU all point into one corner.
+    need not be told apart. (In five paired runs of 8 cycles it was no better than all others as
+    negatives.) Targets are centred: after a ReLU none is negative, so all cosines would be high.
     """
     z = F.normalize(z, dim=1)
     f = F.normalize(targets - targets.mean(0), dim=1)
@@ -492,7 +492,7 @@ def contrastive_loss(z, labels, temperature=0.1):
     """
     z = F.normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # a ≠ i, (B, B)
+    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # a ≠ i. 0 · -inf is nan
     log_p = F.log_softmax(similarity, 1)
     positive = (labels[:, None] == labels) & ~itself                    # P(i), (B, B)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
@@ -501,14 +501,14 @@ def contrastive_loss(z, labels, temperature=0.1):
 
 # ===== 5. State, steps, phases, and the loop over both ============================================
 class State(nn.Module):
-    """What distilling changes or needs: networks, embeddings, bank, optimisers, counters.
+    """What a run saves to go on: student, generator, embeddings, bank, optimisers, counters.
 
-    prior (K, E): category embeddings, else as config.prior says: by default rows of the teacher's
-    head, which point to where it sees a category and need no language model. generator: an own one,
-    ê (B, E) -> (B, 3, H, H) in [0, 1]; a `seed_layer` is drawn anew in each decoupled round.
-    teacher_layers, student_layers: (head, maps) in place of what `find_layers` finds. Maps of both
-    are paired from the coarsest on, whatever their resolutions; finer ones that are left over go
-    unused. Raises ValueError for what does not fit together.
+    The teacher never changes, so it stays out (its `norms` are a list for that, no ModuleList).
+    prior (K, E): category embeddings, else by config.prior: by default rows of the teacher's head,
+    which need no language model. generator: your own, ê (B, E) -> (B, 3, H, H) in [0, 1]; if it has
+    a `seed_layer`, each decoupled round draws that anew. teacher_layers, student_layers: (head,
+    maps) in place of what `find_layers` finds. Maps are paired from the coarsest on, whatever their
+    resolutions; finer ones that are left over go unused. ValueError for what does not fit together.
     """
     def __init__(self, teacher: nn.Module, student: nn.Module, config: Config, prior=None,
                  generator: nn.Module | None = None, teacher_layers=None, student_layers=None):
@@ -534,9 +534,9 @@ class State(nn.Module):
         # h: one linear projection serves eq. 8 and eq. 9, others eq. 8 at places.    [our choice]
         self.projection = nn.Linear(f_s.shape[1], f_t.shape[1])
         at_places = config.places and config.lambda_cae
-        self.place_projections = nn.ModuleList(
-            nn.Linear(a.shape[1], b.shape[1]) for a, b in zip(maps_s, maps_t) if at_places)
-        capacity = config.bank_capacity if config.decoupled else 0      # just one batch
+        pairs = zip(maps_s, maps_t) if at_places else []
+        self.place_projections = nn.ModuleList(nn.Linear(a.shape[1], b.shape[1]) for a, b in pairs)
+        capacity = config.bank_capacity if config.decoupled else 0      # coupled: one batch
         self.bank = MemoryBank(max(capacity, config.synth_batch), size)
         self.to(device)
         self.generator.to(memory_format=torch.channels_last)            # as the teacher
@@ -552,7 +552,7 @@ class State(nn.Module):
                                                  nesterov=True, weight_decay=1e-4)
         self.generator_optimizer = torch.optim.Adam(self.generator.parameters(),
                                                     config.generator_lr, betas=(0.5, 0.999))
-        self.cycle, self.seconds = 0, 0.0               # seconds: by the caller's clock
+        self.cycle, self.seconds = 0, 0.0               # seconds: `run` counts them
 
     def get_extra_state(self):
         """What `state_dict` holds beside networks and images. Since `distill` seeds each cycle, a
@@ -573,7 +573,7 @@ def autocast(like, config):
 
 
 def generator_step(state, teacher, e_hat, labels, config):
-    """One Adam step on eq. 6, for ê (B, E) -> (images made before it, their terms), detached.
+    """One Adam step on eq. 6, with T and S `frozen` -> (images made before it, terms), detached.
 
     BatchNorm layers of a teacher that was trained on crops with black padding hold the statistics
     of images with black borders. So it is shown such crops, drawn anew in each step: otherwise the
@@ -581,10 +581,10 @@ def generator_step(state, teacher, e_hat, labels, config):
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with listen(state.norms) as heard, autocast(e_hat, config):
-        images = state.generator(e_hat)                                             # eq. 2
+        images = state.generator(e_hat)                 # eq. 2; its BatchNorm always in train mode
         shown = augment(images) if config.synth_crop else images
         t = teacher(shown).float()
-        s = state.student(shown).float() if config.lambda_adv else t    # frozen, in eval mode
+        s = state.student(shown).float() if config.lambda_adv else None
     l_ce = category_consistency_loss(t, labels)                                     # eq. 3
     if config.lambda_fm and state.norms:
         l_fm = feature_matching_loss(heard)                                         # eq. 4
@@ -604,22 +604,22 @@ def synthesis_round(state, teacher, config, steps):
 
     Returns the terms of the loss in the last step, and the share of images that T recognised.
     """
-    # Categories in turn, from a random first. The draw is held for the round, since a few steps
-    # can fit the images of one draw but not a map from all noise.                    [our choice]
+    # Categories in turn; a random first evens out the remainder. The draw is held for the round: a
+    # few steps can fit the images of one draw but not a map from all noise.          [our choice]
     e = state.cend.embeddings
     first = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
     e_hat = state.cend(labels) if config.cend else torch.randn_like(e[labels])      # eq. 1
     if config.decoupled and hasattr(state.generator, "seed_layer"):
         # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
-        # learnt to draw for this teacher, stays. Without this, a ResNet-8 was as good after 8
-        # cycles (five pairs); after 115 a single one was two points worse.
+        # learnt to draw for this teacher, stays. Without this a ResNet-8 was as good in five paired
+        # runs of 8 cycles, and two points worse in a single pair of 115.
         state.generator.seed_layer.reset_parameters()
         state.generator_optimizer.state.clear()         # its moments
     with frozen(state.student):
         for _ in range(steps):
             images, terms = generator_step(state, teacher, e_hat, labels, config)
-    state.bank.push(images, labels)                     # as uint8, as a picture file has
+    state.bank.push(images, labels)                     # rounded to uint8
     return terms
 
 
@@ -632,7 +632,7 @@ def read_places(feature_map, places):
     row = torch.arange(b, device=places.device)[:, None]                            # (B, 1)
     y = (places[:, :, 0] * h).long()                                                # (B, P)
     x = (places[:, :, 1] * w).long()
-    return feature_map.permute(0, 2, 3, 1)[row, y, x].flatten(0, 1)     # keeps the memory layout
+    return feature_map.permute(0, 2, 3, 1)[row, y, x].flatten(0, 1)     # copies places alone
 
 
 def student_step(state, teacher, images, labels, config):
@@ -643,10 +643,10 @@ def student_step(state, teacher, images, labels, config):
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
 
     S_r, T_r are paired from the coarsest map on. An embedding is only the mean of the last map, and
-    maps that differ everywhere can share it. At a place the student has to match what the teacher
-    has there better than what it has at places of other categories' images, so that maps themselves
-    become alike. And lower layers are taught directly: in five pairs of 8 cycles ResNet-8 lost 12
-    points of accuracy without the finer maps, 10 of AP50 without the coarsest.      [our choice]
+    maps that differ everywhere can share it; compared place by place, with places of other
+    categories' images as negatives, the maps themselves become alike, and lower layers are taught
+    directly. In five paired runs of 8 cycles a ResNet-8 lost 12 points of accuracy without the
+    finer maps, and 10 of AP50, in detection, without the coarsest.                  [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
@@ -691,11 +691,11 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     """Train `student` to imitate `teacher` on images that the generator makes. No data set goes in.
 
     Both take images (B, 3, H, H) in [0, 1], give logits (B, K) and sit on one device. The teacher
-    stays bit-identical; layers of the student that need no gradient stay so. prior: as in State.
-    state: of this student, to go on from, or with parts of your own. on_cycle(state, metrics)
-    follows each cycle. progress(state): the fraction of the run that is over, by default of
-    config.cycles. Returns the student, in eval mode. Raises FloatingPointError for images, losses
-    or weights that are not finite. Seeds torch by config.seed.
+    stays bit-identical. Weights of the student that need no gradient stay so, but all its BatchNorm
+    statistics move. prior: as in State. state: a State of this student, new or loaded, in place of
+    prior. on_cycle(state, metrics) follows each cycle. progress(state): the fraction of the run
+    that is over, by default of config.cycles. Returns the student, in eval mode. Raises
+    FloatingPointError for images, losses or weights that are not finite. Seeds torch in each cycle.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
     and one student step, on just this turn's images; no warm-up rounds, the seed layer is kept.
@@ -704,7 +704,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
         torch.manual_seed(config.seed)
         state = State(teacher, student, config, prior)
     if state.student is not student or (config.minutes and not progress):
-        raise ValueError("give this student's state, and for minutes progress(state)")
+        raise ValueError("state is of another student, or minutes are given without progress")
     progress = progress or (lambda state: state.cycle / config.cycles)
     turns, generator_steps, student_steps = 1, config.synth_steps, config.kd_steps
     if not config.decoupled:                            # a step of each network, in turns
@@ -712,7 +712,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     student.train()
     while progress(state) < 1:
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # a resumed run draws alike
-        # A cosine with a warm-up: at full step size a deep student learns nothing for long.
+        # A cosine with a warm-up: from full step size on, a deep student is slow to learn at all.
         cosine = (1 + math.cos(math.pi * progress(state))) / 2
         warmup = min(1.0, (state.cycle + 1) / max(1, config.lr_warmup))
         for group in state.student_optimizer.param_groups:              # each from its own rate
@@ -725,9 +725,9 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
                     terms = synthesis_round(state, teacher, config, generator_steps)    # phase A
                 terms |= distillation_phase(state, teacher, config, student_steps)      # phase B
         state.cycle += 1
-        # Losses are from before the last step: what it broke must not be saved, so look at weights.
+        # Losses are from before the last step, so look at weights as well, before they are saved.
         terms["weight_norm"] = torch.stack([p.detach().norm() for p in state.parameters()]).norm()
-        numbers = torch.stack([term.float() for term in terms.values()]).tolist()   # one wait
+        numbers = torch.stack([term.float() for term in terms.values()]).tolist()   # one GPU sync
         metrics = {"cycle": state.cycle, "lr": group["lr"]} | dict(zip(terms, numbers))
         if not all(math.isfinite(number) for number in numbers):
             raise FloatingPointError(f"not finite, lower a step size: {metrics}")
@@ -773,8 +773,8 @@ def linear_probe(backbone, train, test, device="cpu", layers=None):
     """A linear classifier on frozen embeddings: {"accuracy": percent, "l2": chosen strength}.
 
     train and test yield (image, label), images uint8 or float in [0, 1]. backbone: a classifier, or
-    an extractor that gives (B, D); if it ends in an nn.Linear, pass layers=("", []). Embeddings are
-    standardised by train statistics; L2 is chosen on a held-out tenth of train.
+    an extractor that gives (B, D); an extractor that ends in an nn.Linear needs layers=("", []).
+    Embeddings are standardised by train statistics; L2 is chosen on a held-out tenth of train.
     """
     _, y, x = predict(backbone, train, device, layers)
     _, y_test, x_test = predict(backbone, test, device, layers)
@@ -810,7 +810,7 @@ def augment(images, mode="constant", pad=4):
     flip = draws[:, 2, None] < 0.5                                                  # (B, 1)
     y, x = top + torch.arange(h, device=device), torch.arange(w, device=device)     # (B, H), (W,)
     x = left + torch.where(flip, w - 1 - x, x)                                      # (B, W)
-    padded = F.pad(images, (pad,) * 4, mode).permute(0, 2, 3, 1)        # pixels last
+    padded = F.pad(images, (pad,) * 4, mode).permute(0, 2, 3, 1)        # channels last
     row = torch.arange(b, device=device)[:, None, None]                             # (B, 1, 1)
     return padded[row, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
@@ -828,8 +828,8 @@ def jitter_colours(images, strength):
 class BatchStatistics(torch.autograd.Function):
     """Mean and biased variance over all but the channels: x (B, C, H, W) or (B, C) -> (C,), (C,).
 
-    Only for speed: with `torch.var_mean(x, (0, 2, 3), correction=0)`, which gives the same in the
-    other order, a synthesis step takes 1.4 (float32) to 1.9 times (bfloat16) as long on a CPU.
+    Only for speed: `var, mean = torch.var_mean(x, (0, 2, 3), correction=0)` gives the same, but a
+    synthesis step then takes 1.4 (float32) to 1.9 (bfloat16) times as long on a CPU.
     """
     @staticmethod
     def forward(ctx, x):
@@ -915,8 +915,8 @@ def get_teacher(config, classes):
         usual = IMAGENET if AKAMASTER in address else usual             # as in their training
         path = Path("checkpoints", f"{name}-{digest or 'public'}.pth")
         try:                                            # torch.hub compares the digest in the name
-            torch.hub.load_state_dict_from_url(address, "checkpoints", "cpu", True, bool(digest),
-                                               path.name, weights_only=True)
+            torch.hub.load_state_dict_from_url(address, "checkpoints", "cpu", file_name=path.name,
+                                               check_hash=bool(digest), weights_only=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"cannot fetch {address} ({error}): put it there as {path}") from error
     elif not path.exists() and not config.teacher_ckpt:
@@ -1020,7 +1020,7 @@ def prepare(config, classes):
 
 
 def run(config, train=distill):
-    """All of it, in the directory config.out: teacher, `train`, evaluation, summary."""
+    """All of it, in config.out: teacher, `train` (distill or a loop like it), scores, summary."""
     test, classes = load_data(config.dataset, "test", config)
     probe = [load_data(config.probe_dataset, split, config)[0] for split in ("train", "test")]
     if config.eval_only:                                # a student.pt says what it is
