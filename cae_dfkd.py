@@ -251,7 +251,7 @@ def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, eval mode, and gradients to inputs but not to weights: so G learns through T, S."""
+    """Eval mode, gradients to inputs, by which G learns, but none to weights; undone at the end."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     model.eval().requires_grad_(False)
@@ -332,8 +332,8 @@ class CEND(nn.Module):
     the four laws below, in turn. "Diffusion" only means added noise; no diffusion model is here.
 
     Embeddings are centred, since those of language models are almost parallel, and scaled to a mean
-    squared length of r = min(K-1, E), the most directions that they can span: so they have variance
-    1 in each of these, as noise of magnitude 1 has in all E. By length the noise is more: with
+    squared length of r = min(K-1, E), the most directions that they can span: a mean variance of 1
+    in these, as noise of magnitude 1 has in all E. By length the noise is more: with
     K = 10, E = 64, M = 2 it measures 2 √64 = 16, and a category √9 = 3.             [our choice]
     """
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
@@ -632,7 +632,7 @@ def read_places(feature_map, places):
     row = torch.arange(b, device=places.device)[:, None]                            # (B, 1)
     y = (places[:, :, 0] * h).long()                                                # (B, P)
     x = (places[:, :, 1] * w).long()
-    return feature_map.permute(0, 2, 3, 1)[row, y, x].flatten(0, 1)     # copies places alone
+    return feature_map.permute(0, 2, 3, 1)[row, y, x].flatten(0, 1)     # copies only places
 
 
 def student_step(state, teacher, images, labels, config):
@@ -712,7 +712,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     student.train()
     while progress(state) < 1:
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # a resumed run draws alike
-        # A cosine with a warm-up: from full step size on, a deep student is slow to learn at all.
+        # A cosine with a warm-up: begun at full step size, a deep student is slow to learn at all.
         cosine = (1 + math.cos(math.pi * progress(state))) / 2
         warmup = min(1.0, (state.cycle + 1) / max(1, config.lr_warmup))
         for group in state.student_optimizer.param_groups:              # each from its own rate
