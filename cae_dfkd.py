@@ -1,8 +1,8 @@
 r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware embeddings.
 
 A student learns from a frozen teacher without one real image. Paper: CAE-DFKD, arXiv 2504.21478,
-DAC 2025. What could be read of it: the abstract, the beginning of the introduction, a review that
-quotes eq. 1, and secondary notes; no full text and no official code.
+DAC 2025. Our sources: its abstract, the beginning of its introduction, a review that quotes eq. 1,
+and secondary notes. We had neither the full text nor official code.
 
     python cae_dfkd.py                                         # drawn data, minutes on a laptop
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # fetches teacher and test images
@@ -15,13 +15,13 @@ image (eq. 2). One *cycle* is:
 
 Phase A, synthesis, is one *round*: for one noise draw the generator takes a few steps, so that the
 teacher recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm
-layers are those of its own training data (eq. 4), and the student is less sure of them (eq. 5). The
-images of the last step go to a memory bank. (The first cycle has some rounds more.)
+layers are those of its own training data (eq. 4), and the student departs from it (eq. 5). The
+images of the last step go to a memory bank. (The first cycle has extra rounds.)
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
 logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of
 one category together, whatever their noise (eq. 9). That is *decoupled* training; *coupled*
-training takes one step of each network in turns.
+training takes one generator step and one student step alternately.
 
 Notation   B batch, K categories, H x H pixels; E width of a category embedding, D of a network's
            e (K, E) category embeddings   ê (B, E) with noise   x̂ (B, 3, H, H) images in [0, 1]
@@ -101,11 +101,11 @@ class Config:
     student: str = ""                   # likewise; else resnet18 for 34 and 50, resnet8 for others
     teacher_ckpt: str = ""              # teacher weights; else fetched, or trained
     teacher_epochs: int = 60            # epochs of a teacher that has to be trained
-    mean: tuple[float, ...] = ()        # the teacher's input mean, three numbers, if not the usual
+    mean: tuple[float, ...] = ()        # the teacher's input mean, three numbers; else the usual
     std: tuple[float, ...] = ()         # its standard deviation, likewise
     # Phase A, synthesis
     prior: str = "teacher"              # category embeddings: teacher, index or a (K, E) .npy file
-    cend: bool = True                   # diffuse category embeddings; without, plain noise goes in
+    cend: bool = True                   # diffuse category embeddings; else noise alone goes in
     magnitudes: tuple[float, ...] = (2.0, 2.0, 2.0, 2.0)    # M_n of the noise sources, eq. 1
     generator_width: int = 64           # channels of its seed layer; 128 is heavy
     decoupled: bool = True              # phases A and B; without, single steps of each in turns
@@ -115,7 +115,7 @@ class Config:
     synth_crop: bool = True             # in phase A, networks see crops on black, flipped or not
     lambda_fm: float = 25.0             # weight of feature matching, eq. 4
     lambda_adv: float = 1.0             # weight of the adversarial term, eq. 5
-    bank_capacity: int = 20_000         # images that the memory bank keeps, the newest
+    bank_capacity: int = 20_000         # newest images that the memory bank keeps
     warmup_rounds: int = 4              # further rounds before the first student step
     # Phase B, distillation
     kd_steps: int = 80                  # student steps of a cycle
@@ -126,7 +126,7 @@ class Config:
     lambda_cae: float = 4.0             # weight of the category-aware loss, eq. 8
     lambda_cncl: float = 0.1            # weight of the contrastive term, eq. 9
     places: int = 4                     # places per image at which eq. 8 compares maps; 0: none
-    clip_norm: float = 10.0             # longest gradient of a student step; 0: any
+    clip_norm: float = 10.0             # largest gradient norm of a student step; 0: no limit
     colour_jitter: float = 0.3          # how far colours of the bank's images vary
 
     def __post_init__(self):
@@ -251,7 +251,7 @@ def load_teacher(arch: str, num_classes: int, path, mean=None, std=None, default
 
 @contextlib.contextmanager
 def frozen(model):
-    """Eval mode, gradients to inputs, by which G learns, but none to weights; undone at the end."""
+    """Eval mode, and no gradients to weights; inputs still get theirs, for G. Undone at the end."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     model.eval().requires_grad_(False)
@@ -281,11 +281,11 @@ def listen(layers):
 def find_layers(model, image, extractor=False):
     """Names of the layers at which a network is read, by one forward pass of an image (1, 3, H, H).
 
-    -> (head, maps); for a ResNet-20 ("fc", ["layer1", "layer2", "layer3"]). head: the nn.Linear
-    whose output is the network's own; the embedding is what enters it. extractor=True: a network
-    without such a layer has the head "", and its output is the embedding. maps: for each size h > 1
-    the last layer with an output (1, D > 3, h, h) before any coarser one. A convolution of the
-    image itself does not count: vision transformers only cut it into patches by one.
+    -> (head, maps): of a ResNet-20 ("fc", ["layer1", "layer2", "layer3"]), with "net." before each
+    in a Normalized. head: the nn.Linear whose output is the network's own; the embedding enters it.
+    extractor=True: a network without such a layer has the head "", its output is the embedding.
+    maps: for each size h > 1 the last layer that gives (1, D > 3, h, h) before maps get coarser. A
+    convolution of the image itself does not count: in vision transformers it only cuts patches.
     """
     with frozen(model), torch.no_grad(), listen(model.modules()) as heard:
         logits = model(image)
@@ -294,9 +294,9 @@ def find_layers(model, image, extractor=False):
     for layer, x, y in heard:
         if isinstance(layer, nn.Linear) and y is logits:
             heads.append(name_of[layer])
-        patches = isinstance(layer, nn.Conv2d) and x.shape == image.shape
+        on_image = isinstance(layer, nn.Conv2d) and x.shape == image.shape
         is_map = isinstance(y, Tensor) and y.ndim == 4 and y.shape[2] == y.shape[3] > 1
-        if is_map and y.shape[1] > 3 and not patches and y.shape[2] <= min(maps, default=math.inf):
+        if is_map and y.shape[1] > 3 and not on_image and y.shape[2] <= min(maps, default=math.inf):
             maps[y.shape[2]] = name_of[layer]
     if not heads:
         raise ValueError(f"{type(model).__name__} ends in no nn.Linear: name (head, maps)")
@@ -304,17 +304,17 @@ def find_layers(model, image, extractor=False):
 
 
 def read(model, x, layers):
-    """layers (head, maps) -> logits (B, K), embedding (B, D), maps (B, D, h, w), coarsest first."""
+    """Forward pass; layers (head, maps) -> logits (B, K), embedding (B, D), maps from coarsest."""
     head, *maps = [model.get_submodule(name) for name in (layers[0], *layers[1])]
     with listen({head, *maps}) as heard:
         logits = model(x)
     f, last = logits, {}
     for layer, before, after in heard:
         if layer is head and layers[0]:
-            f = before.mean((2, 3)) if before.ndim == 4 else before         # a 1x1 convolution
+            f = before.mean((2, 3)) if before.ndim == 4 else before     # a named 1x1 convolution
         elif layer in maps and after.ndim == 4 and after[0, 0].numel() > 1:
             last[after.shape[2:]] = after               # the last of each size
-    return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())
+    return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())          # (B, D, h, w)
 
 
 def forward_with_embedding(model, x, head=""):
@@ -328,13 +328,13 @@ class CEND(nn.Module):
 
         ê = e_y + M_n ⊙ q_n,   n ~ U{1..N},   q_n ~ NS_n
 
-    category_embeddings (K, E) in any scale; magnitudes: numbers M_n. Noise source NS_n is one of
-    the four laws below, in turn. "Diffusion" only means added noise; no diffusion model is here.
+    category_embeddings (K, E) in any scale; magnitudes: N numbers M_n. Source n has the law n mod 4
+    of the four below, counted from 0. "Diffusion" only means that noise is added.
 
     Embeddings are centred, since those of language models are almost parallel, and scaled to a mean
-    squared length of r = min(K-1, E), the most directions that they can span: a mean variance of 1
-    in these, as noise of magnitude 1 has in all E. By length the noise is more: with
-    K = 10, E = 64, M = 2 it measures 2 √64 = 16, and a category √9 = 3.             [our choice]
+    variance of 1 in the r = min(K-1, E) directions that they can span. Noise of magnitude 1 has it
+    in all E directions, so it is longer: with K = 10, E = 64, M = 2 noise measures 2 √64 = 16, a
+    category √9 = 3.                                                                 [our choice]
     """
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
@@ -391,7 +391,7 @@ class MemoryBank(nn.Module):
         self.pushed = 0                                                 # images ever pushed
 
     def push(self, images: Tensor, labels: Tensor) -> None:
-        """images (B, 3, H, H) in [0, 1], else clamped; labels (B,). The oldest go."""
+        """images (B, 3, H, H) in [0, 1], else clamped; labels (B,). The oldest are overwritten."""
         if not images.isfinite().all():
             raise FloatingPointError("an image is not finite: lower a step size")
         new = torch.arange(len(labels), device=self.labels.device)
@@ -467,18 +467,18 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
         w_ik  = exp( cos(z_i, f_k - f̄) / τ ),   f̄ the mean of all f_k
 
     z (N, D) the student's projected embeddings, targets f (N, D) the teacher's of the same images,
-    labels y (N,) -> scalar >= 0. (The category embeddings of eq. 1 play no part.) Rows may as well
-    be places in feature maps: `student_step` adds up both.
+    labels y (N,) -> scalar >= 0. Categories enter by y alone, not by the e of eq. 1. Rows may as
+    well be places in feature maps: `student_step` adds up both.
 
     InfoNCE whose negatives are of *other* categories only [our choice]: two images of one category
-    need not be told apart. (In five paired runs of 8 cycles it was no better than all others as
-    negatives.) Targets are centred: after a ReLU none is negative, so all cosines would be high.
+    need not be told apart. (Measured, this choice made no clear difference.) Targets are centred:
+    after a ReLU all cosines would be high.
     """
     z = F.normalize(z, dim=1)
     f = F.normalize(targets - targets.mean(0), dim=1)
-    left_out = labels[:, None] == labels                # pairs of one category (N, N) ...
-    left_out.fill_diagonal_(False)                      # ... but not i with itself, the target
-    similarity = (z @ f.T / temperature).masked_fill(left_out, -1e9)
+    masked = labels[:, None] == labels                  # of one category: no negatives (N, N)
+    masked.fill_diagonal_(False)                        # i with itself is the positive
+    similarity = (z @ f.T / temperature).masked_fill(masked, -1e9)
     return F.cross_entropy(similarity, torch.arange(len(z), device=z.device))
 
 
@@ -492,7 +492,7 @@ def contrastive_loss(z, labels, temperature=0.1):
     """
     z = F.normalize(z, dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # a ≠ i. 0 · -inf is nan
+    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # a ≠ i; -inf · 0: nan
     log_p = F.log_softmax(similarity, 1)
     positive = (labels[:, None] == labels) & ~itself                    # P(i), (B, B)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
@@ -501,9 +501,9 @@ def contrastive_loss(z, labels, temperature=0.1):
 
 # ===== 5. State, steps, phases, and the loop over both ============================================
 class State(nn.Module):
-    """What a run saves to go on: student, generator, embeddings, bank, optimisers, counters.
+    """What a run saves to be resumed: student, generator, embeddings, bank, optimisers, counters.
 
-    The teacher never changes, so it stays out (its `norms` are a list for that, no ModuleList).
+    The teacher never changes, so it is not saved: `norms` is a plain list, which registers nothing.
     prior (K, E): category embeddings, else by config.prior: by default rows of the teacher's head,
     which need no language model. generator: your own, ê (B, E) -> (B, 3, H, H) in [0, 1]; if it has
     a `seed_layer`, each decoupled round draws that anew. teacher_layers, student_layers: (head,
@@ -524,8 +524,8 @@ class State(nn.Module):
             raise ValueError("teacher and student: two networks of as many categories")
         rows = teacher.get_submodule(self.teacher_layers[0]).weight.detach().flatten(1)     # (K, D)
         if prior is None:
-            known = {"teacher": rows, "index": torch.eye(len(rows))}.get(config.prior)
-            prior = np.load(config.prior) if known is None else known
+            known = {"teacher": rows, "index": torch.eye(len(rows))}
+            prior = known[config.prior] if config.prior in known else np.load(config.prior)
         prior = torch.as_tensor(prior).float().to(device)
         if prior.ndim != 2 or len(prior) != len(rows) or not 0 < prior.var(0).sum() < math.inf:
             raise ValueError(f"the prior must be ({len(rows)}, E), finite, not all alike")
@@ -575,9 +575,9 @@ def autocast(like, config):
 def generator_step(state, teacher, e_hat, labels, config):
     """One Adam step on eq. 6, with T and S `frozen` -> (images made before it, terms), detached.
 
-    BatchNorm layers of a teacher that was trained on crops with black padding hold the statistics
-    of images with black borders. So it is shown such crops, drawn anew in each step: otherwise the
-    generator has to draw the borders, and the student learns from them.             [our choice]
+    A teacher that was trained on crops with black padding has black borders in its statistics. So
+    it is shown such crops, drawn anew in each step: otherwise the generator would draw the borders,
+    and the student would learn from them.                                           [our choice]
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with listen(state.norms) as heard, autocast(e_hat, config):
@@ -593,7 +593,7 @@ def generator_step(state, teacher, e_hat, labels, config):
     loss = l_ce + config.lambda_fm * l_fm + config.lambda_adv * l_adv               # eq. 6
     state.generator_optimizer.zero_grad()
     loss.backward()
-    state.generator_optimizer.step()                    # it has the weights of G alone
+    state.generator_optimizer.step()                    # it holds the weights of G alone
     terms = {"ce": l_ce.detach(), "fm": l_fm.detach(), "adv": l_adv.detach()}
     terms["recognised"] = (t.argmax(1) == labels).float().mean()        # by the teacher
     return images.detach(), terms
@@ -604,16 +604,14 @@ def synthesis_round(state, teacher, config, steps):
 
     Returns the terms of the loss in the last step, and the share of images that T recognised.
     """
-    # Categories in turn; a random first evens out the remainder. The draw is held for the round: a
-    # few steps can fit the images of one draw but not a map from all noise.          [our choice]
+    # Labels run through the categories, from a random one on. The draw is held for the round: a few
+    # steps can fit the images of one draw, but not a map from all noise.             [our choice]
     e = state.cend.embeddings
     first = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
     e_hat = state.cend(labels) if config.cend else torch.randn_like(e[labels])      # eq. 1
     if config.decoupled and hasattr(state.generator, "seed_layer"):
-        # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder, which has
-        # learnt to draw for this teacher, stays. Without this a ResNet-8 was as good in five paired
-        # runs of 8 cycles, and two points worse in a single pair of 115.
+        # A new seed layer and a fresh Adam give new images, as in NAYER; the decoder stays.
         state.generator.seed_layer.reset_parameters()
         state.generator_optimizer.state.clear()         # its moments
     with frozen(state.student):
@@ -638,15 +636,15 @@ def read_places(feature_map, places):
 def student_step(state, teacher, images, labels, config):
     """One SGD step of student and projections on eq. 10, for images (B, 3, H, W) -> its terms.
 
-    Eq. 8 is taken of whole images and, for each pair r of maps, of P random places in each image:
+    The L_CAE of eq. 10 is a sum of eq. 8 for whole images and, for each pair r of maps, for P
+    random places in each image:
 
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
 
     S_r, T_r are paired from the coarsest map on. An embedding is only the mean of the last map, and
     maps that differ everywhere can share it; compared place by place, with places of other
     categories' images as negatives, the maps themselves become alike, and lower layers are taught
-    directly. In five paired runs of 8 cycles a ResNet-8 lost 12 points of accuracy without the
-    finer maps, and 10 of AP50, in detection, without the coarsest.                  [our choice]
+    directly.                                                                        [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
@@ -698,7 +696,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     FloatingPointError for images, losses or weights that are not finite. Seeds torch in each cycle.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
-    and one student step, on just this turn's images; no warm-up rounds, the seed layer is kept.
+    and one student step on images of this turn; no warm-up rounds, and the seed layer is kept.
     """
     if state is None:
         torch.manual_seed(config.seed)
@@ -706,22 +704,23 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     if state.student is not student or (config.minutes and not progress):
         raise ValueError("state is of another student, or minutes are given without progress")
     progress = progress or (lambda state: state.cycle / config.cycles)
-    turns, generator_steps, student_steps = 1, config.synth_steps, config.kd_steps
-    if not config.decoupled:                            # a step of each network, in turns
+    turns, generator_steps, student_steps = 1, config.synth_steps, config.kd_steps      # decoupled
+    if not config.decoupled:                            # a step of each network, alternately
         turns, generator_steps, student_steps = config.kd_steps, 1, 1
     student.train()
     while progress(state) < 1:
-        torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # a resumed run draws alike
+        torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # as a resumed run will
         # A cosine with a warm-up: begun at full step size, a deep student is slow to learn at all.
         cosine = (1 + math.cos(math.pi * progress(state))) / 2
         warmup = min(1.0, (state.cycle + 1) / max(1, config.lr_warmup))
         for group in state.student_optimizer.param_groups:              # each from its own rate
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * cosine * warmup
-        rounds = 1 if state.cycle or not config.decoupled else 1 + config.warmup_rounds
+        first = config.decoupled and state.cycle == 0
+        rounds = 1 + config.warmup_rounds if first else 1               # the bank starts empty
         with frozen(teacher):
             for _ in range(turns):
-                for _ in range(rounds):                 # the first cycle needs more images
+                for _ in range(rounds):
                     terms = synthesis_round(state, teacher, config, generator_steps)    # phase A
                 terms |= distillation_phase(state, teacher, config, student_steps)      # phase B
         state.cycle += 1
@@ -847,7 +846,7 @@ class BatchStatistics(torch.autograd.Function):
         return F.batch_norm(x, mean, torch.ones_like(mean), 2 * g_var / m, g_mean / m, eps=0.0)
 
 
-# ===== 8. Public teachers, and training one that nobody offers ====================================
+# ===== 8. Public teachers, and training one where none is public ==================================
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                 # mean, std
 NORMALISATION = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
                  "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
@@ -867,7 +866,7 @@ PUBLIC_TEACHERS = {     # address, beginning of the file's SHA-256              
 
 
 def train_teacher(config, num_classes, data):
-    """Supervised training of a teacher: SGD, one-cycle, crop and flip.              [our choice]"""
+    """Supervised training of a teacher: SGD, one-cycle schedule, crops, flips.      [our choice]"""
     torch.manual_seed(config.seed)
     mean, std = NORMALISATION.get(config.dataset, IMAGENET)
     net = build_model(config.teacher, num_classes)
@@ -992,7 +991,7 @@ def print_cycle(state, metrics):
 
 
 def save(thing, path):
-    """A text or torch.save by way of a temporary file: `path` holds the old or the new, no half."""
+    """A text or torch.save by way of a temporary file: `path` is the old or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")        # nobody else's
     temporary.write_text(thing) if isinstance(thing, str) else torch.save(thing, temporary)
@@ -1082,7 +1081,8 @@ def main(argv: list[str] | None = None) -> int:
         run(config)
         return 0
     except KeyboardInterrupt:
-        print(f"\ninterrupted; after a cycle, go on with --resume {out}", file=sys.stderr)
+        how = f"; after a cycle, go on with --resume {out}" if out else ""
+        print("\ninterrupted" + how, file=sys.stderr)
         return 130
     except Exception as e:
         if "--debug" in words:
