@@ -13,20 +13,20 @@ Every category y has an embedding e_y, by default a row of the teacher's classif
 embedding noise diffusion, adds noise to it (eq. 1), and a light generator turns the sum into an
 image (eq. 2). One *cycle* is:
 
-Phase A, synthesis, is one *round*: for one noise draw the generator takes a few steps, so that the
-teacher recognises the category in its images (eq. 3), their statistics in the teacher's BatchNorm
-layers are those of its own training data (eq. 4), and the student departs from it (eq. 5). The
-images of the last step go to a memory bank. (The first cycle has extra rounds.)
+Phase A, synthesis, is one *round*: the noise is drawn once, and the generator takes a few steps on
+it. The teacher should recognise the category in the images (eq. 3), the images should have the
+statistics that its BatchNorm layers store (eq. 4), and the student should disagree with it (eq. 5).
+The images of the last step go to a memory bank. The first cycle has extra rounds.
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
 logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of
-one category together, whatever their noise (eq. 9). That is *decoupled* training; *coupled*
-training takes one generator step and one student step alternately.
+one category together, whatever their noise, and pushes others away (eq. 9). A and then B is
+*decoupled* training. *Coupled* training alternates single steps of generator and student.
 
-Notation   B batch, K categories, H x H pixels; E width of a category embedding, D of a network's
-           e (K, E) category embeddings   ê (B, E) with noise   x̂ (B, 3, H, H) images in [0, 1]
-           T teacher, S student; t, s (B, K) their logits; f_T, f_S (B, D) their embeddings: what
-           enters the last linear layer; z = h(f_S), h a linear layer to the width of f_T
+Notation   B batch size, K categories, H x H pixels; E, D, D_T widths of e, f_S, f_T
+           e (K, E) category embeddings; ê (B, E) = e_y + noise; x̂ (B, 3, H, H) images in [0, 1]
+           T teacher, S student; t, s (B, K) their logits; f_T (B, D_T), f_S (B, D) embeddings:
+           what enters their last linear layers; z = h(f_S) (B, D_T), h a linear layer
 
 eq  what                               where                            source
  1  ê = e_y + M_n ⊙ q_n                CEND                             paper
@@ -79,8 +79,8 @@ from torchvision.models.resnet import BasicBlock
 class Config:
     """Every setting of a run. The comment behind a field is the help of its flag.
 
-    The numbers are for CIFAR-10 and [our choice]; the README says what was measured of them. The
-    plain command, on drawn shapes, takes SHAPES_PRESET first, in which eq. 5 is off.
+    The numbers are for CIFAR-10 and [our choice]; the README says what was measured of them. On a
+    command line for shapes, SHAPES_PRESET replaces some (eq. 5 is off); Config() does not do that.
     """
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
@@ -130,7 +130,7 @@ class Config:
     colour_jitter: float = 0.3          # how far colours of the bank's images vary
 
     def __post_init__(self):
-        """No number is negative, and those that count are at least 1. (A bool is no count.)"""
+        """ValueError if a number is negative or huge, or a count that may not be 0 is."""
         if not (self.cend or self.decoupled):           # new noise in each step, and no e_y in it
             raise ValueError("--no-cend needs --decoupled: else G cannot know the category")
         for name, value in vars(self).items():
@@ -189,7 +189,7 @@ class Normalized(nn.Module):
 
 
 def cifar_resnet(depth, num_classes):
-    """ResNet-(6n+2) of He et al. for CIFAR, with the parameter names of the public files.
+    """ResNet-(6n+2) of He et al. for CIFAR, with the parameter names of torchvision's ResNets.
 
     Where the width changes, the shortcut takes every second pixel and adds channels of zeros
     ("option A"). AvgPool2d(1, 2) is x[:, :, ::2, ::2]; the last two paddings are of channels.
@@ -266,7 +266,7 @@ def frozen(model):
 
 @contextlib.contextmanager
 def listen(layers):
-    """`with listen(layers) as heard: model(x)`; heard: [(layer, its input, its output)]."""
+    """`with listen(layers) as heard: model(x)`; heard: [(layer, input, output)] as called."""
     heard = []
     def hook(layer, inputs, output):
         heard.append((layer, inputs[0] if inputs else None, output))
@@ -284,8 +284,8 @@ def find_layers(model, image, extractor=False):
     -> (head, maps): of a ResNet-20 ("fc", ["layer1", "layer2", "layer3"]), with "net." before each
     in a Normalized. head: the nn.Linear whose output is the network's own; the embedding enters it.
     extractor=True: a network without such a layer has the head "", its output is the embedding.
-    maps: for each size h > 1 the last layer that gives (1, D > 3, h, h) before maps get coarser. A
-    convolution of the image itself does not count: in vision transformers it only cuts patches.
+    maps: for each size h > 1 the last layer that gives (1, D > 3, h, h) before a coarser map comes.
+    A convolution of the image itself does not count: in vision transformers it only cuts patches.
     """
     with frozen(model), torch.no_grad(), listen(model.modules()) as heard:
         logits = model(image)
@@ -297,28 +297,28 @@ def find_layers(model, image, extractor=False):
         on_image = isinstance(layer, nn.Conv2d) and x.shape == image.shape
         is_map = isinstance(y, Tensor) and y.ndim == 4 and y.shape[2] == y.shape[3] > 1
         if is_map and y.shape[1] > 3 and not on_image and y.shape[2] <= min(maps, default=math.inf):
-            maps[y.shape[2]] = name_of[layer]
+            maps[y.shape[2]] = name_of[layer]           # a block ends after its layers, and wins
     if not heads:
         raise ValueError(f"{type(model).__name__} ends in no nn.Linear: name (head, maps)")
     return heads[-1], list(dict.fromkeys(maps.values()))    # a layer may serve two sizes
 
 
 def read(model, x, layers):
-    """Forward pass; layers (head, maps) -> logits (B, K), embedding (B, D), maps from coarsest."""
+    """Logits (B, K), embedding (B, D) (for head "": logits), maps (B, D, h, w), coarsest first."""
     head, *maps = [model.get_submodule(name) for name in (layers[0], *layers[1])]
     with listen({head, *maps}) as heard:
         logits = model(x)
     f, last = logits, {}
     for layer, before, after in heard:
         if layer is head and layers[0]:
-            f = before.mean((2, 3)) if before.ndim == 4 else before     # a named 1x1 convolution
+            f = before.mean((2, 3)) if before.ndim == 4 else before     # of a 1x1 convolution
         elif layer in maps and after.ndim == 4 and after[0, 0].numel() > 1:
             last[after.shape[2:]] = after               # the last of each size
-    return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())          # (B, D, h, w)
+    return logits, f, sorted(last.values(), key=lambda y: y[0, 0].numel())
 
 
 def forward_with_embedding(model, x, head=""):
-    """(logits (B, K), embedding f (B, D)): f is what enters `head`, else the last nn.Linear."""
+    """(logits (B, K), embedding f (B, D)): f enters `head`, else what `find_layers` finds."""
     return read(model, x, (head, []) if head else find_layers(model, x[:1]))[:2]
 
 
@@ -328,13 +328,13 @@ class CEND(nn.Module):
 
         ê = e_y + M_n ⊙ q_n,   n ~ U{1..N},   q_n ~ NS_n
 
-    category_embeddings (K, E) in any scale; magnitudes: N numbers M_n. Source n has the law n mod 4
-    of the four below, counted from 0. "Diffusion" only means that noise is added.
+    category_embeddings (K, E) in any scale; magnitudes: N numbers M_n. The laws of the sources are
+    Gaussian, uniform, Laplace, Rademacher, Gaussian, ... "Diffusion" only means added noise.
 
-    Embeddings are centred, since those of language models are almost parallel, and scaled to a mean
-    variance of 1 in the r = min(K-1, E) directions that they can span. Noise of magnitude 1 has it
-    in all E directions, so it is longer: with K = 10, E = 64, M = 2 noise measures 2 √64 = 16, a
-    category √9 = 3.                                                                 [our choice]
+    Embeddings are centred, since those of language models are almost parallel. They are scaled to a
+    mean squared length of r = min(K-1, E), the number of directions that they can span; that of
+    noise of magnitude 1 is E. So with K = 10, E = 64 and M = 2 an embedding has a length of about
+    √9 = 3, and noise of 2 √64 = 16.                                                 [our choice]
     """
     def __init__(self, category_embeddings: Tensor, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
@@ -362,7 +362,7 @@ class Generator(nn.Module):
     """Lightweight generator, eq. 2: x̂ = G(ê), (B, E) -> (B, 3, H, H) in [0, 1].     [our choice]
 
     A linear seed layer makes `width` channels of at most 8 x 8 pixels. Each stage doubles the size
-    and convolves; the later ones also halve the channels. A width of 64 is light, 128 heavy.
+    and convolves; later ones also halve the channels, down to 8. Width 64 is light, 128 heavy.
     """
     def __init__(self, embedding_dim: int, image_size: int = 32, width: int = 64):
         super().__init__()
@@ -476,9 +476,9 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
     """
     z = F.normalize(z, dim=1)
     f = F.normalize(targets - targets.mean(0), dim=1)
-    masked = labels[:, None] == labels                  # of one category: no negatives (N, N)
-    masked.fill_diagonal_(False)                        # i with itself is the positive
-    similarity = (z @ f.T / temperature).masked_fill(masked, -1e9)
+    ignored = labels[:, None] == labels                 # rows of one category (N, N) ...
+    ignored.fill_diagonal_(False)                       # ... but i with itself is the positive
+    similarity = (z @ f.T / temperature).masked_fill(ignored, -1e9)
     return F.cross_entropy(similarity, torch.arange(len(z), device=z.device))
 
 
@@ -501,14 +501,14 @@ def contrastive_loss(z, labels, temperature=0.1):
 
 # ===== 5. State, steps, phases, and the loop over both ============================================
 class State(nn.Module):
-    """What a run saves to be resumed: student, generator, embeddings, bank, optimisers, counters.
+    """What a run saves to be resumed: networks but for the teacher, bank, optimisers, counters.
 
     The teacher never changes, so it is not saved: `norms` is a plain list, which registers nothing.
-    prior (K, E): category embeddings, else by config.prior: by default rows of the teacher's head,
-    which need no language model. generator: your own, ê (B, E) -> (B, 3, H, H) in [0, 1]; if it has
-    a `seed_layer`, each decoupled round draws that anew. teacher_layers, student_layers: (head,
-    maps) in place of what `find_layers` finds. Maps are paired from the coarsest on, whatever their
-    resolutions; finer ones that are left over go unused. ValueError for what does not fit together.
+    prior (K, E): category embeddings; without, config.prior decides, by default for rows of the
+    teacher's head, which need no language model. generator: your own, ê (B, E) -> (B, 3, H, H) in
+    [0, 1]; if it has a `seed_layer`, each decoupled round resets that. teacher_layers and
+    student_layers: (head, maps) in place of what `find_layers` finds. Maps are paired from the
+    coarsest on, and finer ones that are left over go unused. ValueError if parts do not fit.
     """
     def __init__(self, teacher: nn.Module, student: nn.Module, config: Config, prior=None,
                  generator: nn.Module | None = None, teacher_layers=None, student_layers=None):
@@ -539,7 +539,7 @@ class State(nn.Module):
         capacity = config.bank_capacity if config.decoupled else 0      # coupled: one batch
         self.bank = MemoryBank(max(capacity, config.synth_batch), size)
         self.to(device)
-        self.generator.to(memory_format=torch.channels_last)            # as the teacher
+        self.generator.to(memory_format=torch.channels_last)            # the faster layout
         self.norms = [m for m in teacher.modules() if getattr(m, "running_mean", None) is not None]
         if config.lambda_fm and not self.norms:
             warnings.warn("the teacher has no BatchNorm statistics: eq. 4 is off")
@@ -581,7 +581,7 @@ def generator_step(state, teacher, e_hat, labels, config):
     """
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
     with listen(state.norms) as heard, autocast(e_hat, config):
-        images = state.generator(e_hat)                 # eq. 2; its BatchNorm always in train mode
+        images = state.generator(e_hat)                 # eq. 2; ours stays in train mode
         shown = augment(images) if config.synth_crop else images
         t = teacher(shown).float()
         s = state.student(shown).float() if config.lambda_adv else None
@@ -604,8 +604,8 @@ def synthesis_round(state, teacher, config, steps):
 
     Returns the terms of the loss in the last step, and the share of images that T recognised.
     """
-    # Labels run through the categories, from a random one on. The draw is held for the round: a few
-    # steps can fit the images of one draw, but not a map from all noise.             [our choice]
+    # Labels run through the categories, from a random one on. The noise is held for the round: in
+    # a few steps G can learn one batch, but not to make images of any noise.         [our choice]
     e = state.cend.embeddings
     first = torch.randint(len(e), (), device=e.device)
     labels = (torch.arange(config.synth_batch, device=e.device) + first) % len(e)
@@ -641,10 +641,10 @@ def student_step(state, teacher, images, labels, config):
 
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
 
-    S_r, T_r are paired from the coarsest map on. An embedding is only the mean of the last map, and
-    maps that differ everywhere can share it; compared place by place, with places of other
-    categories' images as negatives, the maps themselves become alike, and lower layers are taught
-    directly.                                                                        [our choice]
+    S_r, T_r are paired from the coarsest map on. The embedding of a ResNet is only the mean of its
+    last map, and maps that differ everywhere can share a mean. Comparison place by place, with
+    places of other categories' images as negatives, aligns the maps themselves, and teaches lower
+    layers directly.                                                                 [our choice]
     """
     l_cae = l_cncl = torch.zeros((), device=images.device)
     with autocast(images, config):
@@ -689,14 +689,14 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
     """Train `student` to imitate `teacher` on images that the generator makes. No data set goes in.
 
     Both take images (B, 3, H, H) in [0, 1], give logits (B, K) and sit on one device. The teacher
-    stays bit-identical. Weights of the student that need no gradient stay so, but all its BatchNorm
+    stays bit-identical. Student weights with requires_grad=False stay fixed, but all its BatchNorm
     statistics move. prior: as in State. state: a State of this student, new or loaded, in place of
     prior. on_cycle(state, metrics) follows each cycle. progress(state): the fraction of the run
     that is over, by default of config.cycles. Returns the student, in eval mode. Raises
     FloatingPointError for images, losses or weights that are not finite. Seeds torch in each cycle.
 
     Coupled training: a cycle is config.kd_steps turns of one generator step, on noise drawn anew,
-    and one student step on images of this turn; no warm-up rounds, and the seed layer is kept.
+    and one student step on images of this turn, without warm-up rounds. Metrics: the last turn's.
     """
     if state is None:
         torch.manual_seed(config.seed)
@@ -709,7 +709,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
         turns, generator_steps, student_steps = config.kd_steps, 1, 1
     student.train()
     while progress(state) < 1:
-        torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # as a resumed run will
+        torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)    # a resumed run repeats it
         # A cosine with a warm-up: begun at full step size, a deep student is slow to learn at all.
         cosine = (1 + math.cos(math.pi * progress(state))) / 2
         warmup = min(1.0, (state.cycle + 1) / max(1, config.lr_warmup))
@@ -726,7 +726,7 @@ def distill(teacher: nn.Module, student: nn.Module, config: Config, prior=None, 
         state.cycle += 1
         # Losses are from before the last step, so look at weights as well, before they are saved.
         terms["weight_norm"] = torch.stack([p.detach().norm() for p in state.parameters()]).norm()
-        numbers = torch.stack([term.float() for term in terms.values()]).tolist()   # one GPU sync
+        numbers = torch.stack([term.float() for term in terms.values()]).tolist()   # one transfer
         metrics = {"cycle": state.cycle, "lr": group["lr"]} | dict(zip(terms, numbers))
         if not all(math.isfinite(number) for number in numbers):
             raise FloatingPointError(f"not finite, lower a step size: {metrics}")
