@@ -14,8 +14,8 @@ embedding noise diffusion, adds noise to it (eq. 1), and a light generator turns
 image (eq. 2). One *cycle* is:
 
 Phase A, synthesis, is one *round*: the noise is drawn once, and the generator takes a few steps on
-it. The teacher should recognise the category in the images (eq. 3), the images should have the
-statistics that its BatchNorm layers store (eq. 4), and the student should disagree with it (eq. 5).
+it. The teacher should recognise the category in the images (eq. 3), their statistics should be the
+ones that its BatchNorm layers store (eq. 4), and the student should disagree with it (eq. 5).
 The images of the last step go to a memory bank. The first cycle has extra rounds.
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
