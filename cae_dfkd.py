@@ -15,8 +15,8 @@ image (eq. 2). One *cycle* is:
 
 Phase A, synthesis, is one *round*: the noise is drawn once, and the generator takes a few steps on
 it. The teacher should recognise the category in the images (eq. 3), their statistics should be the
-ones that its BatchNorm layers store (eq. 4), and the student should disagree with it (eq. 5).
-The images of the last step go to a memory bank. The first cycle has extra rounds.
+ones that its BatchNorm layers store (eq. 4), and the student's outputs should differ from its
+outputs (eq. 5). The images of the last step go to a memory bank. The first cycle has extra rounds.
 
 Phase B, distillation: the student takes some steps on images of the bank, towards the teacher's
 logits (eq. 7) and embeddings (eq. 8). CNCL, category noise contrastive learning, pulls images of
@@ -522,7 +522,7 @@ class State(nn.Module):
             s, f_s, maps_s = read(student, image, self.student_layers)
         if student is teacher or t.shape != s.shape:
             raise ValueError("teacher and student: two networks of as many categories")
-        rows = teacher.get_submodule(self.teacher_layers[0]).weight.detach().flatten(1)     # (K, D)
+        rows = teacher.get_submodule(self.teacher_layers[0]).weight.detach().flatten(1)   # (K, D_T)
         if prior is None:
             known = {"teacher": rows, "index": torch.eye(len(rows))}
             prior = known[config.prior] if config.prior in known else np.load(config.prior)
@@ -651,7 +651,7 @@ def student_step(state, teacher, images, labels, config):
         with torch.no_grad():
             t, f_t, maps_t = read(teacher, images, state.teacher_layers)
         s, f_s, maps_s = read(state.student, images, state.student_layers)
-    z = state.projection(f_s.float())                                               # (B, D)
+    z = state.projection(f_s.float())                                               # (B, D_T)
     places = torch.rand(len(labels), config.places, 2, device=labels.device)        # (B, P, 2)
     l_kd = kd_loss(s.float(), t.float(), config.kd_temperature)                     # eq. 7
     if config.lambda_cae:
