@@ -2,7 +2,7 @@ r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware e
 
 A trained classifier, the *teacher*, trains a new network, the *student*, without one real image. A
 third network, the *generator*, makes up the images. Paper: CAE-DFKD, arXiv 2504.21478, DAC 2025. We
-had its abstract, the beginning of its introduction, a review that quotes eq. 1, and notes of other
+had its abstract, the beginning of its introduction, a review that quotes eq. 1, and notes by other
 people. We found neither the full text nor official code. Needs Python 3.10, torch 2.6 or newer.
 
     python cae_dfkd.py                                         # drawn shapes, minutes on a laptop
@@ -10,42 +10,39 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Accuracy in %, measured on an AMD EPYC:             minutes        teacher  student      untrained
-    (no flags)                                      3, two cores   99.45    93.45        8.75
-    --dataset cifar10 --student resnet20
-    --cycles 115 --bf16 (seeds 0, 1, 2)             41, one core   91.6     90.1 ± 0.7   7.5
+Measured accuracy in % (the second: three seeds)            minutes     teacher student    untrained
+    no flags (shapes; eq. 5 is off)                         3, 2 cores  99.45   93.45      8.75
+    --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 7.5
 
-Networks of your own need Python, and no images at all:
-    from cae_dfkd import Config, Normalized, distill, print_cycle
+Networks of your own need Python, and no images at all. Both must be on one device and return, as it
+is, the output of an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
+    from cae_dfkd import Config, Normalized, distill
     teacher = Normalized(my_teacher, mean, std)     # it now takes images in [0, 1]
-    student = Normalized(my_student, mean, std)     # both must end in an nn.Linear
-    distill(teacher, student, Config(cycles=115), on_cycle=print_cycle)
-    torch.save(student.net.state_dict(), "student.pt")
+    student = Normalized(my_student, mean, std)
+    distill(teacher, student, Config(image_size=32, cycles=115))        # trains student.net
 
-Why the teacher's outputs teach more than labels do: a label names one category. The outputs also
-say how much the image resembles each other category, so they hold K numbers instead of one.
+Why the teacher's outputs teach more than labels do: a label says "cat". The outputs say "cat 0.8,
+dog 0.15, truck 0.01", so they also tell what the image resembles.
 
 Training repeats a *cycle* of two phases. A network in capitals learns, the others are frozen:
 
-A, synthesis     label y ─> e_y + noise ─> GENERATOR ─> images ─┬─> teacher ─> eq. 3, 4 ─┬─> eq. 6
-                              eq. 1          eq. 2         │    └─> student ─> eq. 5 ────┘
-                                          of the last step v
-                                                      memory bank: all images so far
-B, distillation                                            v
-                               random batches, recoloured crops ─┬─> teacher ─┬─> eq. 7, 8, 9 ─> 10
-                                                                 └─> STUDENT ─┘
+A, synthesis     label y ─> e_y + noise ─> GENERATOR ─> images ─> crops ─┬─> teacher ─> eq. 3, 4, 5
+                              eq. 1          eq. 2        │              └─> student ─> eq. 5
+                                                          └─ those of the last step ─> memory bank
+B, distillation  bank ─> random batch ─> recoloured crops ─┬─> teacher ─> targets of eq. 7, 8
+                                                           └─> STUDENT ─> eq. 7, 8, 9
 
 A *step* changes the weights of one network once. A *round* makes one batch of new images: it draws
-labels and noise, and the generator takes its steps on this one batch. A *cycle* is one round and
-then the student's steps. The first cycle has four rounds more, because the bank is empty. This is
-*decoupled* training. In *coupled* training, for comparison, the networks take steps in turns:
-    in a cycle                     decoupled               coupled
-    generator steps                12                      80
-    student steps                  80                      80
-    new images                     128                     80 · 128
-    labels and noise are new       in each round           in each generator step
-    generator's first layer        reset in each round     never reset
-    new share of the bank          1 / (cycle + 4)         about half
+labels and noise, and the generator takes 12 steps on this one batch. A *cycle* is one round and
+then 80 student steps. This is *decoupled* training. In *coupled* training, which serves only for
+comparison, a cycle is 80 turns of one generator step and one student step:
+                                   decoupled                    coupled
+    generator steps in a cycle     12                           80
+    new images in a cycle          128, those of the last step  80 · 128, those of each step
+    labels and noise are new       in each round                in each generator step
+    G's first layer, Adam          reset in each round          never reset
+    extra rounds at the beginning  4, as the bank is empty      none
+    new share of the bank          1/6 in cycle 2, then less    about half
 
 Notation   B batch size, K categories, images of H x H pixels, y (B,) their categories
            T teacher, S student; t, s (B, K) their logits, the outputs before the softmax
@@ -53,23 +50,23 @@ Notation   B batch size, K categories, images of H x H pixels, y (B,) their cate
            e (K, E) category embeddings; z = h(f_S) (B, D_T), h a linear layer that learns with S
 
 eq  what                               where                            source
- 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted; our e are others
+ 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted, but e is ours
  2  x̂ = G(ê), images in [0, 1]         Generator                        prior work (DAFL, NAYER)
- 3  L_CE = CE(t(x̂), y)                 generator_step                   noted
+ 3  L_CE = CE(t(crops of x̂), y)        generator_step                   noted
  4  L_FM, feature matching             feature_matching_loss            noted; after DeepInversion
  5  L_adv, adversarial                 adversarial_loss                 noted; form of NAYER
  6  L_G = L_CE + λ_fm L_FM + λ_adv L_adv            generator_step      noted; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          noted; form of Hinton et al.
- 8  L_CAE, category-aware embedding    category_aware_embedding_loss    one note; form is ours
- 9  L_CNCL, contrastive                contrastive_loss                 quoted; our pairs are others
-10  L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL        student_step        noted, but L_CAE is ours
-*Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes of others say it.
-*Ours*: no source says it. Equation numbers are ours, and so is what is marked [our choice].
-DAFL (2019) trains a generator against a frozen teacher, and needs no data.
-DeepInversion (2020) makes images whose statistics are those that BatchNorm layers store.
-NAYER (2024) gives the generator category embeddings, and resets its first layer in each round.
-InfoNCE (2018) is cross-entropy: pick, out of many candidates, the one that belongs to you.
-SupCon (2020) is InfoNCE in which all images of your own category belong to you.
+ 8  L_CAE, category-aware embedding    category_aware_embedding_loss    named in one note; form ours
+ 9  L_CNCL, contrastive                contrastive_loss                 quoted, but pairs are ours
+10  L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL        student_step        noted, but for L_CAE
+*Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
+*Prior work*: older papers. *Ours*, or [our choice] at a line: no source says it.
+DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
+DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
+NAYER (2310.00258) gives the generator category embeddings, and resets its first layer.
+InfoNCE (1807.03748): a row has one right column and many wrong ones; cross-entropy of this choice.
+SupCon (2004.11362): InfoNCE in which all columns of the row's category are right.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -99,14 +96,23 @@ from torchvision.models.resnet import BasicBlock
 SHAPES_PRESET = dict(teacher_epochs=5, cycles=10, kd_steps=100, student_lr=0.1,
                      lambda_fm=8.0, lambda_adv=0.0)             # eq. 5 is off
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18"}     # of other teachers: resnet8
-# The least value of a setting. Of other whole numbers it is 1, of other fractions 0.
+# The least value of a setting. Those that are not listed: 1 for an int, 0 for a float.
 LEAST = dict(image_size=8, seed=0, warmup_rounds=0, positions=0, kd_temperature=0.1, std=0.001)
+
+
+@contextlib.contextmanager
+def blamed(what):
+    """An error inside of `with blamed(what)` becomes a ValueError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:                          # a broken file can fail in many ways
+        raise ValueError(f"{what}: {error}") from error
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run. The comment behind a field is the help of its flag. The numbers were
-    chosen on CIFAR-10 [our choice]. For shapes, the command line replaces some by SHAPES_PRESET."""
+    """The settings of a run. The comment behind a field is the help of its flag. The numbers were
+    chosen by test scores on CIFAR-10 [our choice]. SHAPES_PRESET: on the command line alone."""
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
     probe_dataset: str = "shapes-unseen"    # data set of the linear probe, with the same choice
@@ -124,12 +130,12 @@ class Config:
     student: str = ""                   # same names; else resnet18 of a resnet34 or 50, else 8
     teacher_ckpt: str = ""              # file of its weights; else they are fetched, or trained
     teacher_epochs: int = 60            # epochs of a teacher that has to be trained
-    mean: tuple[float, ...] = ()        # three numbers by which it normalises; else the usual ones
-    std: tuple[float, ...] = ()         # three more, the standard deviations
+    mean: tuple = ()        # three numbers by which it normalises; else the usual ones
+    std: tuple = ()         # three more, the standard deviations
     # Phase A, synthesis
     prior: str = "teacher"              # category embeddings: teacher, index or a (K, E) .npy file
     cend: bool = True                   # G gets category embedding plus noise; else noise alone
-    magnitudes: tuple[float, ...] = (2.0, 2.0, 2.0, 2.0)    # M_n of the noise sources, eq. 1
+    magnitudes: tuple = (2.0, 2.0, 2.0, 2.0)    # M_n of the noise sources, eq. 1
     generator_width: int = 64           # channels of its first layer; 128 is slow
     decoupled: bool = True              # phases A and B; else single steps of G and S in turns
     synth_batch: int = 128              # images of a synthesis round
@@ -151,17 +157,19 @@ class Config:
         """ValueError for what would otherwise be wrong in silence, or only after hours."""
         self.student = self.student or STUDENTS.get(self.teacher, "resnet8")
         self.out = self.resume or self.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        with blamed(f"device {self.device}"):
+            torch.empty(0, device=self.device)
         for name, value in vars(self).items():
             least = LEAST.get(name, 1 if type(getattr(Config, name)) is int else 0)
             numbers = [] if isinstance(value, str) else np.ravel(value)
             if not all(least <= number < math.inf for number in numbers):
-                raise ValueError(f"{name} is {value}, and must be at least {least}")
+                raise ValueError(f"{name} is {value}, not at least {least}")
 
 
 def parse_args(argv=None):
     """Command line -> settings."""
     parser = argparse.ArgumentParser(
-        usage=f"%(prog)s [flags]   (for shapes: {SHAPES_PRESET})",
+        usage=f"%(prog)s [flags]  (for shapes: {SHAPES_PRESET})",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     # A line of Config, "    name: type = default  # help", gives the flag --name and its help.
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -172,8 +180,8 @@ def parse_args(argv=None):
             kind = {"action": argparse.BooleanOptionalAction}
         if isinstance(default, tuple):
             kind = {"type": float, "nargs": "+" if default else 3}
-        text = f"{help_of[name]} (default: {default})"
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+        kind["help"] = f"{help_of[name]} (default: {default})"
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))               # only what was typed
     if "" in given.values():
         parser.error("a flag has an empty value")       # as from an empty shell variable
@@ -205,7 +213,7 @@ class Shortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
 
 
-def cifar_resnet(depth, num_classes):
+def cifar_resnet(depth, k):
     """ResNet-(6n+2) of He et al. for CIFAR, with the parameter names of torchvision's ResNets."""
     def stage(width, out):
         stride, shortcut = (1, None) if out == width else (2, Shortcut())
@@ -214,7 +222,7 @@ def cifar_resnet(depth, num_classes):
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(),
         layer1=stage(16, 16), layer2=stage(16, 32), layer3=stage(32, 64),
-        avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(64, num_classes)))
+        avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(64, k)))
 
 
 def build_model(arch, num_classes):
@@ -223,35 +231,25 @@ def build_model(arch, num_classes):
     if arch in ("resnet8", "resnet20", "resnet32", "resnet44", "resnet56"):
         return cifar_resnet(int(arch[6:]), num_classes)
     if arch not in ("resnet18", "resnet34", "resnet50"):
-        raise ValueError(f"unknown network {arch!r}; --help lists all")
+        raise ValueError(f"unknown network {arch!r}: see --help")
     model = getattr(models, arch)(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     return model
 
 
-@contextlib.contextmanager
-def blamed(what):
-    """An error inside of `with blamed(what)` becomes a ValueError that begins with `what`."""
-    try:
-        yield
-    except Exception as error:                          # a broken file can fail in many ways
-        raise ValueError(f"{what}: {error}") from error
-
-
 def load_network(path, arch="", classes=(), image_size=0, mean=(), std=(), usual=IMAGENET):
-    """A file of weights -> Normalized, frozen, in eval mode. ValueError if the file does not fit.
-    A student.pt says its own arch, classes and image_size, and what is given must agree with it. A
-    file of another program needs arch; its layers may have the names that such programs use.
-    Normalisation: mean and std if given, else what the file says, else `usual`."""
+    """A file of weights -> Normalized, frozen, in eval mode. ValueError if the file does not fit. A
+    student.pt says its arch, classes and image_size; what is given must agree. Files of others need
+    arch. Normalisation: mean and std, else what the file says, else `usual`."""
     with blamed(f"{path} as {arch or 'a network'}"):
         stored = torch.load(path, "cpu", weights_only=True)     # runs no code of the file
         for name, asked in dict(arch=arch, classes=classes, image_size=image_size).items():
             if asked and stored.get(name, asked) != asked:
                 raise ValueError(f"its {name} is {stored[name]}")
         weights, renamed = stored, {}
-        for wrapper in ("state_dict", "model_state_dict", "net", "model"):
-            weights = weights.get(wrapper, weights)
+        for key in ("state_dict", "model_state_dict", "net", "model"):
+            weights = weights.get(key, weights)         # out of its wrapper
         for key, value in weights.items():
             key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
             key = re.sub(r"^(linear|classifier)\.", "fc.", key)
@@ -277,7 +275,7 @@ def read(model, x):
     """One forward pass -> logits (B, K), embedding (B, D), maps [(B, D_r, h_r, h_r), ...], head.
     The head is the nn.Linear whose output is that of the network. What enters it is the embedding.
     ValueError if there is no such layer. The maps are the last outputs of each resolution, from
-    coarse to fine: of a ResNet-20, 64 x 8 x 8, 32 x 16 x 16, 16 x 32 x 32. Needs `hooked`."""
+    coarse to fine: of a ResNet-20, 64 x 8 x 8, 32 x 16 x 16, 16 x 32 x 32. (Copy `hooked`, too.)"""
     calls, maps = [], {}
     def look(module, inputs, output):
         if isinstance(module, nn.Linear):
@@ -288,13 +286,14 @@ def read(model, x):
         no_map = cuts or isinstance(module, (nn.Dropout, nn.Softmax))
         if isinstance(output, Tensor) and output.ndim == 4 and not no_map:
             _, channels, height, width = output.shape
-            if channels > 3 and 1 < height == width <= min(maps, default=x.shape[2]):
-                maps[height] = output                   # what is finer again was upsampled
+            coarsest = min(maps, default=x.shape[2])    # so far; a finer map was upsampled
+            if channels > 3 and 1 < height == width <= coarsest:
+                maps[height] = output
     with hooked(model.modules(), look):
         logits = model(x)
     heads = [(layer, before) for layer, before, after in calls if after is logits]
-    if not heads or logits.ndim != 2:
-        raise ValueError(f"wrap {type(model).__name__}: it must give (B, K) from an nn.Linear")
+    if not heads or logits.ndim != 2:                   # `is`: nothing comes after the head
+        raise ValueError("wrap a network, to return the (B, K) output of an nn.Linear")
     head, embedding = heads[-1]
     return logits, embedding, [maps[size] for size in sorted(maps)], head
 
@@ -302,15 +301,15 @@ def read(model, x):
 # ===== 3. CEND, generator, memory bank ============================================================
 class CEND(nn.Module):
     """Category embedding noise diffusion, eq. 1: ê = e_y + M_n ⊙ q_n, n in {1..N}, q_n ~ NS_n.
-    Quoted from a review. The paper takes e from a language model. Our default is the weights of the
-    teacher's head, which need none. The families of noise and the draw of n are ours. "Diffusion"
-    means only that noise is added.
+    Quoted from a review. "Diffusion" means only that noise is added. The paper takes e from a
+    language model: save its (K, E) text embeddings of your class names by np.save, and give the
+    file to --prior. Our default is the weight rows of the teacher's head, one row a category.
     category_embeddings (K, E) in any scale, copied without their gradient; magnitudes: N numbers
-    M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ...
-    We centre the embeddings, because those of a language model are almost parallel. We scale their
-    mean squared length to r = min(K-1, E), the number of directions that they span. [our choice]
-    With K = 10, E = 64 and M = 2, an embedding then has a length of √9 = 3. The noise has a length
-    of 2 √64 = 16, and of 2 √9 = 6 in the nine directions that the embeddings span."""
+    M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ...; these
+    families, the draw of n for each image, and what follows are [our choice]. Embeddings are
+    centred, because those of a language model are almost parallel. K centred vectors span at most
+    r = min(K-1, E) directions, and we scale their mean squared length to r. With K = 10, E = 64 and
+    M = 2 an embedding has a length of 3, the noise one of 6 in these 9 directions, of 16 in all."""
     def __init__(self, category_embeddings, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
         e = category_embeddings.detach().float()
@@ -318,7 +317,7 @@ class CEND(nn.Module):
         r = min(len(e) - 1, e.shape[1])
         length = e.square().sum(1).mean().sqrt().clamp_min(1e-12)       # root mean square
         self.register_buffer("embeddings", e * math.sqrt(r) / length)               # (K, E)
-        self.register_buffer("magnitudes", torch.tensor(magnitudes, dtype=torch.float32))
+        self.register_buffer("magnitudes", torch.as_tensor(magnitudes).float())
 
     def forward(self, labels):
         """labels (B,) -> ê (B, E). The source n is drawn for each row."""
@@ -347,11 +346,11 @@ class Generator(nn.Module):
         sizes = [math.ceil(image_size / 2 ** i) for i in range(stages, -1, -1)]     # 8, 16, 32
         self.seed_layer = nn.Linear(embedding_dim, width * sizes[0] ** 2)
         layers = [nn.Unflatten(1, (width, sizes[0], sizes[0])), nn.BatchNorm2d(width)]
-        out = width
+        channels = width                                # of the next stage
         for size in sizes[1:]:
-            layers += [nn.Upsample(size), nn.Conv2d(width, out, 3, 1, 1, bias=False),
-                       nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
-            width, out = out, max(out // 2, 8)
+            layers += [nn.Upsample(size), nn.Conv2d(width, channels, 3, 1, 1, bias=False),
+                       nn.BatchNorm2d(channels), nn.LeakyReLU(0.2)]
+            width, channels = channels, max(channels // 2, 8)
         self.decode = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, 1, 1), nn.Sigmoid())
 
     def forward(self, e_hat):
@@ -365,17 +364,15 @@ def to_float(images, device=None):
 
 
 class MemoryBank:
-    """The newest `capacity` images, as uint8, and their labels. Needs `to_float`. A run of 150
-    cycles makes (150 + 4) · 128 = 19,712 images, so at the defaults all of them fit. [our choice]
-    """
+    """The newest `capacity` images, as uint8, and their labels. (Copy `to_float`, too.)"""
     def __init__(self, capacity, image_size, device="cpu"):
         self.capacity = capacity
-        self.images = torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        self.labels = torch.zeros(0, dtype=torch.long, device=device)
+        self.images = torch.zeros(0, 3, image_size, image_size).byte().to(device)
+        self.labels = torch.zeros(0).long().to(device)
 
     def push(self, images, labels):
         """images (B, 3, H, H) in [0, 1], labels (B,). The oldest images make room for them."""
-        pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = (images.float().clamp(0, 1) * 255).round().byte()
         self.images = torch.cat([self.images, pixels])[-self.capacity:]
         self.labels = torch.cat([self.labels, labels])[-self.capacity:]
 
@@ -386,25 +383,24 @@ class MemoryBank:
 
 
 # ===== 4. Losses: pure functions, which can be copied one by one ==================================
-# They raise half precision to float32, and no gradient goes into a target.
+# All raise half precision to float32. Eq. 7 and 8 let no gradient into their targets.
 def feature_matching_loss(layers, inputs, eps=1e-4):
     """Eq. 4, teacher-guided feature distribution matching (noted; after DeepInversion).
         L_FM = mean_l ( ‖(μ_l(x̂) - μ_l) / σ_l‖₂ + ‖(σ²_l(x̂) - σ²_l) / σ²_l‖₂ )
     layers: BatchNorm layers l of a teacher in eval mode, which store the mean μ_l and the variance
-    σ²_l of its training data. inputs: what entered each of them for the images x̂, (B, C_l, h, w) or
+    σ²_l of its training data. inputs: what entered each of them for images x̂, (B, C_l, h, w) or
     (B, C_l), with the statistics μ_l(x̂), σ²_l(x̂) -> scalar >= 0. In train mode: ValueError.
-    Without it the generator makes only a few images that the teacher is sure of. [our choice]: We
-    divide by σ_l, unlike DeepInversion, or channels of large values would count most. We take the
-    mean over layers, so that one weight serves any depth. It does not serve any width, because the
-    norms grow with the square root of C_l. eps is for channels that hardly vary."""
+    Without it G collapses to a few kinds of image that the teacher is sure of. [our choice]: We
+    divide by σ_l, unlike DeepInversion, or channels of large values would count most. The mean
+    makes λ_fm independent of the number of layers, but not of their width: norms grow like √C_l."""
     if not layers or any(layer.training for layer in layers):
-        raise ValueError("eq. 4 needs a teacher in eval mode that has BatchNorm (or λ_fm = 0)")
+        raise ValueError("eq. 4 needs a teacher in eval mode with BatchNorm (or λ_fm = 0)")
     distances = []
     for layer, x in zip(layers, inputs, strict=True):
         rows = x.movedim(1, -1).flatten(0, -2).float()                  # (B h w, C_l)
         mean = rows.mean(0)                                             # μ_l(x̂)
         var = rows.square().mean(0) - mean.square()                     # σ²_l(x̂)
-        scale = layer.running_var + eps                                 # σ²_l
+        scale = layer.running_var + eps                                 # σ²_l, never 0
         of_mean = (mean - layer.running_mean) / scale.sqrt()
         of_var = (var - layer.running_var) / scale
         distances.append(of_mean.norm() + of_var.norm())
@@ -413,13 +409,13 @@ def feature_matching_loss(layers, inputs, eps=1e-4):
 
 def adversarial_loss(student_logits, teacher_logits):
     """Eq. 5: L_adv = -(1/B) Σ_i 1[argmax s_i = argmax t_i] KL(softmax(t_i) ‖ softmax(s_i)).
-    (B, K), (B, K) -> scalar <= 0. Noted; the form is NAYER's. It rewards the generator for images
-    on which student and teacher differ. Once their top categories differ, the image no longer
-    counts: the student can learn from it already, and more could change its category. In this
-    example the first row is of full agreement, the second of partial, the third does not count:
+    (B, K), (B, K) -> scalar <= 0, since G is to make the KL large. 1[...] is 1 if that holds, else
+    0. Noted; the form is NAYER's. Gradients reach G through both networks. Once their categories
+    differ, the student can learn from the image already, and a further push could move it into
+    another category. So then it does not count, as in the third of these rows:
     >>> t = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
     >>> s = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> [f"{-adversarial_loss(s[i:i + 1], t[i:i + 1]):.3f}" for i in range(3)]
+    >>> [f"{-adversarial_loss(s[i:i + 1], t[i:i + 1]):.3f}" for i in range(3)]      # the KL
     ['0.000', '0.067', '0.000']
     """
     log_s = F.log_softmax(student_logits.float(), 1)
@@ -431,8 +427,8 @@ def adversarial_loss(student_logits, teacher_logits):
 def kd_loss(student_logits, teacher_logits, temperature=20.0):
     """Eq. 7: L_KD = τ² KL(softmax(t/τ) ‖ softmax(s/τ)), the sum over K, the mean over B.
     (B, K), (B, K) -> scalar >= 0. Noted; the form is that of Hinton et al. The factor τ² keeps the
-    size of the gradient when τ changes. At a high τ the loss is close to a squared difference of
-    centred logits, so that categories of low probability count as well."""
+    size of the gradient when τ changes. At a high τ the loss is close to 1/(2K) times the squared
+    difference of centred logits, so that categories of low probability count as well."""
     log_s = F.log_softmax(student_logits.float() / temperature, 1)
     log_t = F.log_softmax(teacher_logits.detach().float() / temperature, 1)
     return temperature ** 2 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
@@ -442,24 +438,23 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
     """Eq. 8, category-aware embedding constraint (one note names it; the form is ours).
         L_CAE = mean_i -log( w_ii / (w_ii + Σ_{k: y_k ≠ y_i} w_ik) )
         w_ik  = exp( cos(z_i, f_k - f̄) / τ ),   f̄ the mean of all f_k
-    z (N, D): the student's projected embeddings; targets f (N, D): the teacher's embeddings of the
-    same N images; labels y (N,) -> scalar >= 0. Each row is a classification: student image i must
-    pick teacher image i out of the teacher images of other categories. For labels [0, 0, 1]:
+    z (N, D_T): the student's projected embeddings; targets f (N, D_T): the teacher's embeddings of
+    the same N images; labels y (N,) -> scalar >= 0. Each row is a classification: student image i
+    must pick teacher image i out of the teacher images of other categories. For labels [0, 0, 1]:
                              teacher 0  teacher 1  teacher 2
         student 0             right       -         wrong        "-" is left out: it is another
         student 1               -        right      wrong        image of the same category
         student 2             wrong      wrong      right
+    Only z learns: each z_i chooses among teacher embeddings, and these do not move. They are
+    centred, because after a ReLU no value is negative and all cosines would be high. To leave out
+    "-" is [our choice]; five pairs of runs of 8 cycles with and without it did not differ clearly.
     With cosines of 1 for right, -0.5 for wrong and τ = 1 the third row costs most:
     >>> z = torch.tensor([[2.0, 0.0], [-1.0, 3 ** 0.5], [-1.0, -3 ** 0.5]])     # 120° apart
     >>> one_wrong, two_wrong = (math.log(1 + n * math.exp(-1.5)) for n in (1, 2))
     >>> loss = category_aware_embedding_loss(z, z, torch.tensor([0, 0, 1]), temperature=1.0)
     >>> f"{loss:.4f}", f"{(one_wrong + one_wrong + two_wrong) / 3:.4f}"
     ('0.2573', '0.2573')
-
-    Students are the rows, so that z_i moves among fixed points. Targets are centred, because after
-    a ReLU no value is negative and all cosines would be high; h can centre z by its bias. This is
-    InfoNCE, but images of one category need not be told apart. [our choice] In five pairs of runs
-    of 8 cycles that had no clear effect."""
+    """
     z = F.normalize(z.float(), dim=1)
     f = targets.detach().float()
     f = F.normalize(f - f.mean(0), dim=1)
@@ -472,13 +467,14 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
 def contrastive_loss(z, labels, temperature=0.1):
     """Eq. 9, CNCL, category noise contrastive learning (quoted; the form is that of SupCon).
         L = -(1/|V|) Σ_{i∈V} (1/|P(i)|) Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) )
-    z (B, D), normalised here; labels (B,) -> scalar >= 0. P(i): the other rows of i's category.
+    z (B, D_T), normalised here; labels (B,) -> scalar >= 0. P(i): the other rows of i's category.
     V: the rows that have any. A batch without a pair gives 0. Eq. 8 compares student with teacher,
     eq. 9 compares student with student. The paper's positive pairs are of one category and differ
-    in their degree of diffusion. Ours are any two images of one category.           [our choice]"""
+    in their degree of diffusion, the amount of noise. Ours are any two of one category [our choice]
+    and, unlike the paper's by the notes, they are cropped and recoloured."""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # a ≠ i; -inf * 0 is nan
+    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # -inf * 0 would be nan
     log_p = F.log_softmax(similarity, 1)
     positive = (labels[:, None] == labels) & ~itself                    # P(i), (B, B)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
@@ -486,18 +482,18 @@ def contrastive_loss(z, labels, temperature=0.1):
 
 
 # ===== 5. State, steps, cycles, and the loop over them ============================================
-def load_prior(prior, num_classes):
+def load_prior(prior, k):
     """Category embeddings (K, E): "index", or those in a file. ValueError if they are unfit."""
-    e = torch.eye(num_classes) if prior == "index" else torch.as_tensor(np.load(prior)).float()
-    if e.ndim != 2 or len(e) != num_classes or not 0 < e.var(0).sum() < math.inf:
-        raise ValueError(f"{prior} must hold ({num_classes}, E) numbers")
+    e = torch.eye(k) if prior == "index" else torch.as_tensor(np.load(prior)).float()
+    if e.ndim != 2 or len(e) != k or not 0 < e.var(0).sum() < math.inf:
+        raise ValueError(f"{prior} must hold ({k}, E) numbers")
     return e
 
 
 class State:
-    """All that a run works with. SAVED are the parts that it changes, so --resume needs them.
-    generator: a network of your own, ê (B, E) -> (B, 3, H, H) in [0, 1]. If it has a `seed_layer`,
-    each round resets that layer. ValueError if teacher, student and config do not fit together."""
+    """All that a run works with. A new module that learns goes into SAVED and `learning`, too.
+    generator: your own network, ê (B, E) -> (B, 3, H, H) in [0, 1]; if it has a seed_layer, each
+    round resets that. ValueError if teacher, student and config do not fit together."""
     SAVED = ("student", "cend", "generator", "projection", "map_projections",
              "student_optimizer", "generator_optimizer")
 
@@ -513,20 +509,20 @@ class State:
             raise ValueError(f"the teacher has {t.shape[1]} categories, the student {s.shape[1]}")
         if {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
             raise ValueError("teacher and student share weights")
-        self.bn_layers = [m for m in teacher.modules() if hasattr(m, "running_mean")]
+        layers = [m for m in teacher.modules() if hasattr(m, "running_mean")]
+        self.bn_layers = [layer for layer in layers if layer.running_mean is not None]
         e = head.weight if config.prior == "teacher" else load_prior(config.prior, t.shape[1])
         self.cend = CEND(e, config.magnitudes).to(device)
         self.generator = generator or Generator(e.shape[1], size, config.generator_width)
         self.generator.to(device, memory_format=torch.channels_last)    # the faster layout
-        self.bank = MemoryBank(20_000, size, device)               # [our choice]
-        # One linear layer h serves eq. 8 and 9 for whole images. Each pair of maps has its own. The
+        self.bank = MemoryBank(20_000, size, device)        # 150 cycles make 19,712
+        # h serves eq. 8 for whole images and eq. 9. Each pair of maps has its own linear layer. The
         # coarsest maps of both networks are a pair, then the next coarsest.          [our choice]
         self.projection = nn.Linear(f_s.shape[1], f_t.shape[1]).to(device)
         pairs = zip(maps_s, maps_t) if config.positions and config.lambda_cae else []
         self.pairs = [(tuple(a.shape[1:]), tuple(b.shape[1:])) for a, b in pairs]
         layers = [nn.Linear(a[0], b[0]) for a, b in self.pairs]
         self.map_projections = nn.ModuleList(layers).to(device)
-        # SGD for the student and Adam for the generator, as in most of the literature.
         learning = nn.ModuleList([student, self.projection, self.map_projections])
         self.student_parameters = [p for p in learning.parameters() if p.requires_grad]
         self.student_optimizer = torch.optim.SGD(
@@ -535,13 +531,13 @@ class State:
             self.generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
 
     def state_dict(self):
-        parts = {name: getattr(self, name).state_dict() for name in self.SAVED}
-        return parts | {"bank": vars(self.bank), "history": self.history}
+        parts = {k: getattr(self, k).state_dict() for k in self.SAVED}
+        return parts | {"bank": [self.bank.images, self.bank.labels], "history": self.history}
 
     def load_state_dict(self, saved):
         for name in self.SAVED:
             getattr(self, name).load_state_dict(saved[name])
-        vars(self.bank).update(saved["bank"])
+        self.bank.images, self.bank.labels = saved["bank"]
         self.history, self.cycle = saved["history"], len(saved["history"])
 
 
@@ -551,10 +547,9 @@ def autocast(like, config):
 
 
 def augment(images, mode="constant", pad=4):
-    """Random crop after padding, random flip: (B, 3, H, W) in [0, 1] -> the same shape. Mode
-    "constant" pads with black, as most recipes for CIFAR teachers do; "reflect" mirrors the edges.
-    Each image has its own crop and flip. So row y and column x say for each pixel of the result
-    where it stands in the padded image, and all of them are gathered at once."""
+    """Random crop after padding, random flip: (B, 3, H, W) in [0, 1] -> the same shape. "constant"
+    pads with black, as most recipes for CIFAR teachers do; "reflect" mirrors the edges. Each image
+    has its own crop: rows y and columns x say where its pixels stand in the padded image."""
     (b, _, h, w), device = images.shape, images.device
     draws = torch.rand(b, 3, device=device)
     top, left = ((draws[:, i, None] * (2 * pad + 1)).long() for i in (0, 1))        # (B, 1) each
@@ -568,8 +563,7 @@ def augment(images, mode="constant", pad=4):
 
 
 def jitter_colours(images, strength=0.3):
-    """Scale each channel by 1 ± strength, shift each image by up to ±⅔ strength.    [our choice]
-    (B, 3, H, W) in [0, 1] -> same. (torchvision's ColorJitter draws once for a whole batch.)"""
+    """Scale each channel by 1 ± strength, shift each image by up to ±⅔ strength.    [our choice]"""
     gain = 2 * torch.rand(len(images), 3, 1, 1, device=images.device) - 1
     shift = 2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1
     return (images * (1 + strength * gain) + strength / 1.5 * shift).clamp(0, 1)
@@ -585,23 +579,21 @@ def draw_embeddings(state):
 
 
 def generator_step(state, e_hat, labels):
-    """One Adam step of G on eq. 6 -> the images made before it (B, 3, H, H), and loss terms.
-    Teacher and student are frozen: both are in eval mode, and only G gets gradients. A teacher that
-    was trained on crops with black padding has black borders in its statistics. So it sees such
-    crops here. Of whole images, G would have to draw the borders itself.            [our choice]"""
+    """One Adam step of G on eq. 6 -> the images made before it (B, 3, H, H), and loss terms. G is
+    in train mode. Teacher and student are in eval mode and get no gradients. A teacher that was
+    trained on crops with black padding has black borders in its statistics. So it sees such crops
+    here; of whole images, G would have to draw the borders itself.                  [our choice]"""
     config, student = state.config, state.student.eval()
     l_fm = l_adv = torch.zeros((), device=e_hat.device)
-    layers, inputs = [], []
-    def keep_input(layer, given, output):
-        layers.append(layer), inputs.append(given[0])
-    with hooked(state.bn_layers, keep_input), autocast(e_hat, config):
-        images = state.generator(e_hat)                 # in train mode             # eq. 2
+    calls = []                                          # (layer, (its input,), its output)
+    with hooked(state.bn_layers, lambda *call: calls.append(call)), autocast(e_hat, config):
+        images = state.generator.train()(e_hat)                                     # eq. 2
         crops = augment(images)
         t = state.teacher(crops).float()
         s = student(crops).float() if config.lambda_adv else None
     l_ce = F.cross_entropy(t, labels)                                               # eq. 3
     if config.lambda_fm:
-        l_fm = feature_matching_loss(layers, inputs)                                # eq. 4
+        l_fm = feature_matching_loss([c[0] for c in calls], [c[1][0] for c in calls])       # eq. 4
     if config.lambda_adv:
         l_adv = adversarial_loss(s, t)                                              # eq. 5
     loss = l_ce + config.lambda_fm * l_fm + config.lambda_adv * l_adv               # eq. 6
@@ -619,8 +611,8 @@ def synthesis_round(state):
         kept      the other layers of G        they have learnt what images look like
         held      labels, noise in the round   in a few steps G can learn to draw this one batch,
                                                but not to turn any noise into images [our choice]
-    So G can memorise which row is of which category. That may be why it made no clear difference
-    in our runs which category embeddings it gets."""
+    All steps of a round see the same rows, so G can fit each row and ignore e_y. This may be why
+    other category embeddings made no clear difference in our runs."""
     e_hat, labels = draw_embeddings(state)
     if hasattr(state.generator, "seed_layer"):
         state.generator.seed_layer.reset_parameters()
@@ -650,17 +642,17 @@ def student_step(state):
     each pair r of maps S_r, T_r of the two networks:
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
     It has 1 + R terms, so λ_cae weighs more for networks of more resolutions: R is 3 for a
-    ResNet-20 and 4 for a ResNet-18. With B = 64 and P = 4 a term at places has N = 256 rows. Its
-    negatives are all places of images of other categories. Other places of the same image are left
-    out, because they are of the same category.
-    Why places: the embedding of a ResNet is only the mean of its last map, and maps that differ
-    everywhere can have the same mean. Comparing them place by place aligns the maps themselves, and
-    teaches the lower layers directly.                                               [our choice]"""
+    ResNet-20, 4 for a ResNet-18. With B = 64 and P = 4 a term at places has N = 256 rows. The
+    positive is the same place of the same image, negatives are all places of images of other
+    categories, and all other places of its own category are left out. The student is in train mode,
+    the teacher in eval mode without gradients.
+    Why places: the embedding of a ResNet is only the mean of its last map, and quite different maps
+    can have the same mean. Places align the maps, and teach lower layers directly.  [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)
-    # Both networks see the same crops and colours. Edges are mirrored, because test images have no
-    # black borders. [our choice] (Notes on the paper say that eq. 9 gets images as they are.)
+    # Both networks see the same crops and colours. Test images have no black borders, so edges are
+    # mirrored here.                                                                 [our choice]
     images = jitter_colours(augment(images, mode="reflect"))
     with autocast(images, config):
         with torch.no_grad():
@@ -681,7 +673,7 @@ def student_step(state):
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
     state.student_optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(state.student_parameters, 10.0)    # of rare batches    [our choice]
+    nn.utils.clip_grad_norm_(state.student_parameters, 10.0)    # a few are huge     [our choice]
     state.student_optimizer.step()
     return {"kd": l_kd, "cae": l_cae, "cncl": l_cncl}
 
@@ -696,9 +688,7 @@ def decoupled_cycle(state):
 
 
 def coupled_cycle(state):
-    """Steps of generator and student in turns, for comparison -> loss terms of the last two. There
-    are no extra rounds, no resets, and more generator steps than in a decoupled cycle. So the two
-    modes differ in more than the order of their steps."""
+    """Steps of generator and student in turns (see the table at the top) -> their loss terms."""
     for _ in range(state.config.kd_steps):
         e_hat, labels = draw_embeddings(state)
         images, terms = generator_step(state, e_hat, labels)
@@ -714,32 +704,31 @@ def print_cycle(state, metrics):
 
 def distill(teacher, student, config, state=None, on_cycle=print_cycle):
     """Train `student` to imitate `teacher` on images of the generator. No data set goes in.
-    Both take images (B, 3, H, H) in [0, 1], end in an nn.Linear and sit on one device. (A network
-    for grey images needs a wrapper that takes the mean over colours.) The teacher's weights and
+    Both take images (B, 3, H, H) in [0, 1] (wrap one for grey images, so that it takes the mean
+    over colours), return an nn.Linear's output and sit on one device. The teacher's weights and
     statistics do not change. Student weights with requires_grad=False stay fixed, but all its
-    BatchNorm statistics move. state: a State of the same teacher, student and config.
-    on_cycle(state, metrics) follows each cycle, with the loss terms of its last steps as numbers.
-    Returns the student, in eval mode. FloatingPointError if a loss or the student is not finite."""
+    BatchNorm statistics move. state: a State of this teacher, student and config, new or loaded.
+    on_cycle(state, metrics) follows each cycle, with the loss terms of its last steps. Returns the
+    student, in eval mode. FloatingPointError if a loss or the student is not finite."""
     torch.manual_seed(config.seed)
     state = state or State(teacher, student, config)
     if (state.teacher, state.student, state.config) != (teacher, student, config):
-        raise ValueError("this state is of another teacher, student or config")
+        raise ValueError("state is of another teacher, student or config")
     print("eq. 8 compares maps:", state.pairs, flush=True)
     teacher.eval()
     while state.cycle < config.cycles:
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)
-        # Step size: half a cosine from its full size down to 0, times a rise over five cycles. A
-        # deep student that begins at full size is slow to learn at all.              [our choice]
+        # Step size: half a cosine from full size to 0, times a rise over five cycles. A deep
+        # student that begins at full size is slow to learn at all.                   [our choice]
         cosine = (1 + math.cos(math.pi * state.cycle / config.cycles)) / 2
-        rise = min(1.0, (state.cycle + 1) / 5)
         for group in state.student_optimizer.param_groups:
-            group["lr"] = config.student_lr * cosine * rise
+            group["lr"] = config.student_lr * cosine * min(1.0, (state.cycle + 1) / 5)
         terms = decoupled_cycle(state) if config.decoupled else coupled_cycle(state)
         state.cycle += 1
-        # The losses are of before the last step, so we look at the weights after it as well.
+        # The losses were computed before the last step. This is of the weights after it.
         terms["weight_norm"] = nn.utils.get_total_norm(state.student_parameters)
-        metrics = {"cycle": state.cycle} | {name: term.item() for name, term in terms.items()}
+        metrics = {"cycle": state.cycle} | {k: term.item() for k, term in terms.items()}
         if not all(math.isfinite(value) for value in metrics.values()):
             raise FloatingPointError(f"not finite, lower a step size: {metrics}")
         state.history.append(metrics)
@@ -751,8 +740,8 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
 @torch.no_grad()
 def collect(function, data, device="cpu"):
     """function(images) for a whole data set -> outputs (N, ...), labels (N,), on the device."""
-    batches = [(function(to_float(images, device)).float(), labels.to(device))
-               for images, labels in DataLoader(data, 256)]
+    batches = [(function(to_float(x, device)).float(), y.to(device))
+               for x, y in DataLoader(data, 256)]
     return [torch.cat(column) for column in zip(*batches)]
 
 
@@ -801,8 +790,7 @@ SHAPES = [(lobes, hollow) for lobes in (0, 2, 3, 4, 5, 1, 6, 8) for hollow in (F
 
 
 def draw_shapes(n, shapes, seed, size):
-    """n images, uint8 (n, 3, size, size), of one shape each, and their labels (n,). Place, size,
-    angle, the two colours, the shading of the background and the noise vary."""
+    """n images, uint8 (n, 3, size, size), of one shape each, and labels (n,). All else varies."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(shapes), size=n)
     lobes, hollow = np.array(shapes)[labels].T[:, :, None, None, None]              # (n, 1, 1, 1)
@@ -816,15 +804,15 @@ def draw_shapes(n, shapes, seed, size):
     back = uniform(0, 1, 3)
     fore = (back + uniform(0.3, 0.7, 3)) % 1            # a colour that differs from it
     image = np.where(inside, fore, back + uniform(-0.2, 0.2) * grid)
-    image = image + uniform(0, 0.06) * rng.standard_normal(image.shape)
-    image = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    return TensorDataset(torch.from_numpy(image), torch.from_numpy(labels))
+    image = (image + uniform(0, 0.06) * rng.standard_normal(image.shape)).clip(0, 1)
+    pixels = torch.from_numpy((image * 255).round().astype(np.uint8))
+    return TensorDataset(pixels, torch.from_numpy(labels))
 
 
 def load_data(dataset, split, config):
-    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names).
-    A folder holds train/CLASS/* and test/CLASS/*; images are scaled and cut to squares, and all are
-    kept in memory. CIFAR is downloaded to data/, unless its python version is unpacked there."""
+    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names). A
+    folder holds train/CLASS/*, test/CLASS/*; images are scaled and cut to squares. CIFAR is
+    downloaded to data/, unless its python version is unpacked there."""
     size, train = config.image_size, split == "train"
     if dataset in ("shapes", "shapes-unseen"):
         shapes = SHAPES[:10] if dataset == "shapes" else SHAPES[10:]
@@ -837,9 +825,9 @@ def load_data(dataset, split, config):
             data = getattr(datasets, dataset.upper())("data", train, square, download=True)
         else:
             data = datasets.ImageFolder(f"{dataset}/{split}", square)
-        learnt = {path.name for path in Path(dataset, "train").glob("*/")} or {*data.classes}
-        if len(learnt) < 2 or learnt != {*data.classes}:
-            raise ValueError(f"train/ and test/ differ in {learnt ^ {*data.classes}}")
+        folders = {path.name for path in Path(dataset, "train").glob("*") if path.is_dir()}
+        if len(data.classes) < 2 or folders not in (set(), set(data.classes)):
+            raise ValueError(f"train/ and test/ need two classes, the same: {sorted(folders)}")
         images, labels = zip(*DataLoader(data, 256))    # decoded once, kept in memory
     return TensorDataset(torch.cat(images), torch.cat(labels)), data.classes
 
@@ -848,9 +836,8 @@ def load_data(dataset, split, config):
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)            # mean, std
 CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 USUAL = {"cifar10": CIFAR10, "cifar100": CIFAR100}      # of other data sets: IMAGENET
-AKA = ("https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-       "{arch}-{sha}.th")
-EDA = "https://huggingface.co/edadaltocg/{arch}_{data}/resolve/main/pytorch_model.bin"
+AKA = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/{0}-{2}.th"
+EDA = "https://huggingface.co/edadaltocg/{0}_{1}/resolve/main/pytorch_model.bin"
 PUBLIC_TEACHERS = {     # address, beginning of the file's SHA-256, mean and std    # stated %
     "resnet20_cifar10": (AKA, "12fca82f", IMAGENET),                             # 91.7
     "resnet32_cifar10": (AKA, "d509ac18", IMAGENET),                             # 92.6
@@ -872,28 +859,27 @@ def find_teacher(config, classes):
         path = Path(config.teacher_ckpt)
     elif not path.exists() and name in PUBLIC_TEACHERS and config.image_size == 32:
         address, sha, _ = PUBLIC_TEACHERS[name]
-        address = address.format(arch=config.teacher, data=config.dataset, sha=sha)
+        address = address.format(config.teacher, config.dataset, sha)
         path = Path("checkpoints", f"{name}-{sha or 'public'}.pth")
         with blamed(f"cannot fetch {address}; put it there as {path}"):
             torch.hub.load_state_dict_from_url(         # it keeps the file, and checks its digest
-                address, "checkpoints", file_name=path.name, check_hash=bool(sha),
-                map_location="cpu", weights_only=True)
+                address, path.parent, "cpu", True, bool(sha), path.name, weights_only=True)
     elif not path.exists():
         return None
-    usual, digest = USUAL.get(config.dataset, IMAGENET), sha256(path.read_bytes()).hexdigest()
-    usual = {sha: pair for _, sha, pair in PUBLIC_TEACHERS.values()}.get(digest[:8], usual)
+    known = {sha: pair for _, sha, pair in PUBLIC_TEACHERS.values()}
+    digest = sha256(path.read_bytes()).hexdigest()[:8]
     return load_network(path, config.teacher, classes, config.image_size, config.mean, config.std,
-                        usual).to(config.device)
+                        known.get(digest, USUAL.get(config.dataset, IMAGENET))).to(config.device)
 
 
-def train_teacher(config, num_classes, data):
+def train_teacher(config, k, data):
     """Supervised training of a teacher: SGD, one-cycle schedule, crops, flips.      [our choice]"""
     torch.manual_seed(config.seed)
     mean, std = USUAL.get(config.dataset, IMAGENET)
-    net = build_model(config.teacher, num_classes)
+    net = build_model(config.teacher, k)
     model = Normalized(net, config.mean or mean, config.std or std).to(config.device)
     loader = DataLoader(data, 128, shuffle=True, drop_last=len(data) > 128)
-    epochs, start = config.teacher_epochs, time.perf_counter()
+    epochs, start = config.teacher_epochs, time.time()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(loader))
     for epoch in range(1, epochs + 1):
@@ -905,7 +891,7 @@ def train_teacher(config, num_classes, data):
             loss.backward()
             optimizer.step()
             schedule.step()
-        left = (time.perf_counter() - start) / epoch * (epochs - epoch) / 60
+        left = (time.time() - start) / epoch * (epochs - epoch) / 60
         print(f"teacher, epoch {epoch} of {epochs}: minutes left {left:.1f}", flush=True)
     return model.eval().requires_grad_(False)
 
@@ -913,7 +899,7 @@ def train_teacher(config, num_classes, data):
 # ===== 9. A run: directory, resume, scores, main ==================================================
 def save(thing, path):
     """torch.save by way of a temporary file: a crash leaves the old file or the new, never half."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as file:                 # on a full disk torch.save(path) says less
         torch.save(thing, file)
     temporary.replace(path)
@@ -921,7 +907,7 @@ def save(thing, path):
 
 def save_network(model, path, arch, classes, image_size):
     """A Normalized network and what it is, all on the CPU: a file for `load_network`."""
-    weights = {name: value.cpu() for name, value in model.net.state_dict().items()}
+    weights = {k: v.cpu() for k, v in model.net.state_dict().items()}
     save({"state_dict": weights, "arch": arch, "classes": classes, "image_size": image_size,
           "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}, path)
 
@@ -938,13 +924,13 @@ def train_and_log(state, test, train):
     """Call `train` on a state, new or saved. After each cycle write last.pt and the log."""
     config, out = state.config, Path(state.config.out)
     last, log = out / "last.pt", out / "metrics.jsonl"
-    if log.exists():                                    # the run goes on
+    if log.exists():                                    # at least one cycle is over
         with blamed(last):
             state.load_state_dict(torch.load(last, config.device, weights_only=True))
-    save(state.state_dict(), last)                      # that it can be written is known now
-    first, start = state.cycle, time.perf_counter()
+    save(state.state_dict(), last)                      # fails now, not in an hour, on a full disk
+    first, start = state.cycle, time.time()
     def on_cycle(state, metrics):
-        seconds = (time.perf_counter() - start) / (state.cycle - first)         # of one cycle
+        seconds = (time.time() - start) / (state.cycle - first)         # of one cycle
         metrics["minutes left"] = seconds * (config.cycles - state.cycle) / 60
         if state.cycle % config.eval_every == 0 or state.cycle == config.cycles:
             metrics["accuracy"] = top1(*collect(state.student.eval(), test, config.device))
@@ -955,11 +941,10 @@ def train_and_log(state, test, train):
 
 
 def run(config, train=distill):
-    """A whole run in the directory config.out: teacher, `train`, which is distill or a loop like
-    it, and scores. What can be wrong is looked for before a teacher is trained."""
+    """A whole run in the directory config.out. train: distill, or a loop like it."""
     if config.resume:
         if config != Config(resume=config.resume):
-            raise ValueError("a resumed run has its own settings: give --resume alone")
+            raise ValueError("give --resume alone; its config.json has the settings")
         with blamed(path := Path(config.resume, "config.json")):
             config = Config(**json.loads(path.read_text()) | {"resume": config.resume})
     test, classes = load_data(config.dataset, "test", config)
@@ -968,14 +953,15 @@ def run(config, train=distill):
         student = load_network(config.eval_only, "", classes, config.image_size, config.mean,
                                config.std).to(config.device)
         return score("student", student, test, probe, config)
-    build_model(config.student, len(classes))           # fails for a misspelt name
-    config.prior == "teacher" or load_prior(config.prior, len(classes))
+    build_model(config.student, len(classes))   # what can be wrong fails now, before hours of work
+    if config.prior != "teacher":
+        load_prior(config.prior, len(classes))
     teacher, out = find_teacher(config, classes), Path(config.out)
     data = None if teacher else load_data(config.dataset, "train", config)[0]
     out.mkdir(parents=True, exist_ok=bool(config.resume))       # a new run has a new directory
     with filelock.FileLock(out / "lock", timeout=0):            # and one process at a time
         if not config.resume:
-            (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+            (out / "config.json").write_text(json.dumps(vars(config), indent=1))
         teacher = teacher or train_teacher(config, len(classes), data)
         save_network(teacher, out / "teacher.pth", config.teacher, classes, config.image_size)
         torch.manual_seed(config.seed)
@@ -983,11 +969,10 @@ def run(config, train=distill):
         student = Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
         state = State(teacher, student, config)
         summary = {"teacher": score("teacher", teacher, test, probe, config)}
-        print("if that is low, check --mean, --std and the first layer (3x3, stride 1)")
+        print("if that is low, check --mean, --std, the first layer (3x3, stride 1)")
         summary["untrained"] = score("untrained", student, test, probe, config)
         train_and_log(state, test, train)
-        images, labels = state.bank.sample(100)
-        utils.save_image(images[labels.argsort()], out / "samples.png", nrow=10)
+        utils.save_image(to_float(state.bank.images[-100:]), out / "samples.png", nrow=len(classes))
         save_network(student, out / "student.pt", config.student, classes, config.image_size)
         summary["student"] = score("student", student, test, probe, config)
         summary |= {"cycles": state.cycle, "images": len(state.bank.labels)}
@@ -996,13 +981,14 @@ def run(config, train=distill):
 
 def main(argv=None):
     """Command line -> exit code: 0 done, 2 with one line that says what is wrong, 130 Ctrl-C."""
+    config = None
     try:
         config = parse_args(argv)
         run(config)
     except KeyboardInterrupt:
-        begun = Path(config.out, "config.json").exists()
-        how = f"; go on with --resume {config.out}" if begun else ""
-        print(f"\ninterrupted{how}", file=sys.stderr)
+        begun = config and Path(config.out, "config.json").exists()
+        how = f"go on with --resume {config.out}" if begun else "nothing to resume"
+        print(f"\ninterrupted: {how}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print("error:", *str(error).split(), file=sys.stderr)

@@ -6,9 +6,7 @@ It takes any flag of cae_dfkd.py. The floor is the bare forward and backward pas
 student's optimiser step) over the same tensors in the same precision and memory layout. Prints a
 table of medians. Without --teacher-ckpt the teacher is untrained, which takes as long.
 """
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import resource
 import sys
@@ -47,9 +45,7 @@ def steps(teacher, student, config):
     ready = b.bank.sample(config.batch_size)[0]
 
     def kd_step():
-        images, labels = b.bank.sample(config.batch_size)
-        images = C.jitter_colours(C.augment(images, mode="reflect"), config.colour_jitter)
-        C.student_step(b, teacher, images, labels, config)
+        C.student_step(b)
 
     def kd_floor():
         with C.autocast(ready, config):
@@ -61,7 +57,7 @@ def steps(teacher, student, config):
         b.student_optimizer.step()
 
     def synthesis_step():
-        C.generator_step(a, teacher, e_hat, labels, config)
+        C.generator_step(a, e_hat, labels)
 
     def synthesis_floor():
         with C.autocast(e_hat, config):
@@ -73,7 +69,7 @@ def steps(teacher, student, config):
         loss.backward()
 
     def synthesis_round():
-        C.synthesis_round(a, teacher, config, config.synth_steps)
+        C.synthesis_round(a)
 
     return {"KD step": kd_step, "KD floor": kd_floor, "synthesis step": synthesis_step,
             "synthesis floor": synthesis_floor, "synthesis round": synthesis_round}
@@ -82,12 +78,9 @@ def steps(teacher, student, config):
 def main():
     """Command line -> the table."""
     config = C.parse_args(sys.argv[1:])
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # as a run does
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
     _, classes = C.load_data(config.dataset, "test", config)
     if config.teacher_ckpt:
-        teacher = C.get_teacher(config, classes)
+        teacher = C.find_teacher(config, classes)
     else:
         net = C.build_model(config.teacher, len(classes))
         teacher = C.Normalized(net, *C.IMAGENET).to(config.device).eval().requires_grad_(False)

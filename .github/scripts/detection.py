@@ -39,25 +39,26 @@ import cae_dfkd as C
 
 # ===== 1. The probe ===============================================================================
 def coarsest_layer(backbone, device):
-    """(head, [layer]), as `C.read` takes them: the layer that the coarsest feature map leaves."""
-    image = torch.zeros(1, 3, 32, 32, device=device)
-    head, layers = C.find_layers(backbone, image, extractor=True)       # a head is not needed
-    if not layers:
+    """The layer that the coarsest feature map of a network leaves."""
+    image, calls = torch.zeros(1, 3, 32, 32, device=device), []
+    modules = list(backbone.modules())
+    with torch.no_grad(), C.hooked(modules, lambda layer, x, y: calls.append((layer, y))):
+        maps = C.read(backbone, image)[2]
+    if not maps:
         raise ValueError(f"{type(backbone).__name__} has no feature maps to find objects in")
-    with torch.no_grad():
-        heights = [C.read(backbone, image, (head, [layer]))[2][0].shape[2] for layer in layers]
-    return head, [layers[heights.index(min(heights))]]
+    return [layer for layer, y in calls if y is maps[0]][-1]            # a block, not its last ReLU
 
 
-def dense_features(backbone, layers, image, device):
+def dense_features(backbone, layer, image, device):
     """Image (3, H, W) -> rows of its coarsest feature map (L, D), their centres (L, 2).
 
     A row is a location of the map. Its centre is the middle of the pixels that it stands for, as
     x and y in pixels. Images come one by one, since their sizes may differ.
     """
-    with torch.no_grad():
-        _, _, maps = C.read(backbone, C.to_float(image[None], device), layers)
-    features = maps[0][0].float()                                                   # (D, h, w)
+    maps = []
+    with torch.no_grad(), C.hooked([layer], lambda _, x, y: maps.append(y)):
+        backbone(C.to_float(image[None], device))
+    features = maps[-1][0].float()                                                  # (D, h, w)
     _, h, w = features.shape
     y = (torch.arange(h, device=device) + 0.5) * image.shape[1] / h
     x = (torch.arange(w, device=device) + 0.5) * image.shape[2] / w
@@ -104,7 +105,7 @@ def difficult_of(target):
     return target.get("difficult", torch.zeros(len(target["boxes"]), dtype=torch.bool))
 
 
-def fit_detector(backbone, layers, train, k, most, device):
+def fit_detector(backbone, layer, train, k, most, device):
     """Two linear models of locations, each (weights, bias), and the (mean, std) of features.
 
     A logistic regression gives the category, background included. A ridge regression gives the
@@ -114,7 +115,7 @@ def fit_detector(backbone, layers, train, k, most, device):
     each = most // len(train) + 1                       # locations of background in an image
     rows = []
     for image, target in train:
-        x, centres = dense_features(backbone, layers, image, device)
+        x, centres = dense_features(backbone, layer, image, device)
         easy = ~difficult_of(target)
         boxes, labels = target["boxes"][easy].to(device), target["labels"][easy].to(device)
         category, sides = assign_locations(centres, boxes, labels, k)
@@ -133,10 +134,10 @@ def fit_detector(backbone, layers, train, k, most, device):
     return classifier, regressor, (mean, std)
 
 
-def detect(backbone, layers, detector, image, device):
+def detect(backbone, layer, detector, image, device):
     """Objects in an image, at most 50, best first: boxes (n, 4) in pixels, labels, scores (n,)."""
     (w, b), (v, c), (mean, std) = detector
-    x, centres = dense_features(backbone, layers, image, device)
+    x, centres = dense_features(backbone, layer, image, device)
     x = (x - mean) / std
     scores, labels = (x @ w + b).softmax(1)[:, :-1].max(1)              # best but background
     sides = (x @ v + c).exp()                                                       # (L, 4)
@@ -189,10 +190,9 @@ def detection_probe(backbone, train, test, device="cpu", categories=None, most=1
     """
     k = len(categories or [])
     k = k or 1 + max(label for _, target in train for label in target["labels"].tolist())
-    with C.frozen(backbone):
-        layers = coarsest_layer(backbone, device)
-        detector = fit_detector(backbone, layers, train, k, most, device)
-        detections = [detect(backbone, layers, detector, image, device) for image, _ in test]
+    layer = coarsest_layer(backbone.eval(), device)
+    detector = fit_detector(backbone, layer, train, k, most, device)
+    detections = [detect(backbone, layer, detector, image, device) for image, _ in test]
     per_category = {}
     for i in range(k):
         found = [(boxes[labels == i], scores[labels == i]) for boxes, labels, scores in detections]
@@ -363,30 +363,20 @@ def load_detection(data, size=224):
 
 # ===== 4. Networks, picture, main =================================================================
 def load_network(word):
-    """[ARCH=]FILE -> frozen network that takes images in [0, 1], file, architecture, classes."""
+    """[ARCH=]FILE -> frozen network that takes images in [0, 1], file, architecture."""
     arch, path = re.fullmatch(r"(?:(\w+)=)?(.+)", word).groups()
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        weights = stored = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("state_dict", "net", "model"):
-            weights = weights.get(wrapper, weights)
-        classes = [len(w) for w in weights.values() if w.ndim == 2][-1]             # of (K, D)
-        arch = arch or stored.get("arch")
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint of a classifier: {error}") from error
-    if not arch:
-        raise ValueError(f"{path} does not say what network it is: give ARCH={path}")
-    return C.load_teacher(arch, classes, path), path, arch, classes
+    network = C.load_network(path, arch or "")
+    return network, path, arch or torch.load(path, "cpu", weights_only=True)["arch"]
 
 
 def load_networks(words):
     """Networks by file, and behind them an untrained one of the first's architecture."""
     loaded = [load_network(word) for word in words]
-    first, _, arch, classes = loaded[0]
+    first, _, arch = loaded[0]
     torch.manual_seed(0)
-    untrained = C.Normalized(C.build_model(arch, classes), first.mean, first.std)
-    return [*((path, network) for network, path, _, _ in loaded), (f"untrained {arch}", untrained)]
+    net = C.build_model(arch, first.net.fc.out_features)
+    untrained = C.Normalized(net, first.mean, first.std)
+    return [*((path, network) for network, path, _ in loaded), (f"untrained {arch}", untrained)]
 
 
 def save_detections(scenes, found, path, columns=8):

@@ -9,18 +9,16 @@ of one process's batch. Each process draws its own noise and batches, and gradie
 before each optimiser step. So networks and memory bank are equal in all processes, and last.pt of
 process 0 holds everything. Process 0 alone writes and prints.
 
-With --clip-norm each process clips its own gradient, before the average. A run that is resumed with
-the same number of processes ends, on a CPU, with the same student bit for bit.
+Each process clips its own gradient, before the average. A run that is resumed with the same number
+of processes ends, on a CPU, with the same student bit for bit.
 """
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view_as(gradient))
 
 
-def connect(state, config):
+def connect(state):
     """From here on the steps of `distill` keep networks and bank equal in all processes."""
     for optimizer in (state.generator_optimizer, state.student_optimizer):
         optimizer.register_step_pre_hook(average_gradients)
@@ -66,25 +64,21 @@ def connect(state, config):
                 dist.broadcast(copy, sender)
             push(*copies)
     seed_layer.reset_parameters = reset_alike
-    # In coupled training the bank holds one round, and each round replaces it. So each process
-    # keeps its own there, and the number of images that a run reports is that of process 0.
-    if config.decoupled:
-        state.bank.push = push_all
+    state.bank.push = push_all
 
 
-def train(teacher, student, config, state, on_cycle=None, progress=None):
-    """`distill` in each process. on_cycle and progress are process 0's, the others have none."""
-    connect(state, config)
+def train(teacher, student, config, state, on_cycle):
+    """`distill` in each process. on_cycle is called in process 0 alone."""
+    connect(state)
     rank, world = dist.get_rank(), dist.get_world_size()
     def after_cycle(state, metrics):
         if rank == 0:
             on_cycle(state, metrics)
         for buffer in (*student.buffers(), *state.generator.buffers()):
             dist.broadcast(buffer, 0)                   # BatchNorm statistics
-    def shared_progress(state):                         # by one clock: all stop in one cycle
-        return agreed(progress(state) if rank == 0 else None)
     own = dataclasses.replace(config, seed=config.seed * world + rank)  # draws of its own
-    C.distill(teacher, student, own, state=state, on_cycle=after_cycle, progress=shared_progress)
+    state.config = own
+    C.distill(teacher, student, own, state, after_cycle)
     weights = b"".join(v.cpu().numpy().tobytes() for v in student.state_dict().values())
     digests = [""] * world
     dist.all_gather_object(digests, hashlib.sha256(weights).hexdigest())
@@ -95,13 +89,14 @@ def train(teacher, student, config, state, on_cycle=None, progress=None):
 
 def lead():
     """Process 0: the usual command, with `train` in place of `distill` -> exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as cae_dfkd.py does
     others_wait = True
-    def train_with_others(teacher, student, config, **keywords):
+    def train_with_others(teacher, student, config, state, on_cycle):
         nonlocal others_wait
         others_wait = False
-        agreed(config)                                  # teacher and data are there: they may begin
-        train(teacher, student, config, **keywords)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        agreed(buffer.getvalue())                       # teacher and data are there: all may begin
+        train(teacher, student, config, state, on_cycle)
     C.run = functools.partial(C.run, train=train_with_others)
     try:
         return C.main()
@@ -111,34 +106,21 @@ def lead():
 
 
 def follow():
-    """Every other process: the same work without files -> exit code."""
+    """Every other process: the same work without files, on a copy of the state -> exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # process 0 answers Ctrl-C
     sys.stdout = open(os.devnull, "w")
-    try:
-        config = agreed()
-        if config is None:
-            return 0
-        _, classes = C.load_data(config.dataset, "test", config)
-        teacher, state = C.prepare(config, classes)     # the same weights, from the same seed
-        last = Path(config.out, "last.pt")
-        if last.exists():
-            state.load_state_dict(torch.load(last, config.device, weights_only=True))
-        train(teacher, state.student, config, state)
-        return 0
-    except Exception as error:
-        # Where process 0 failed first it has said so, and torchrun ends this process meanwhile.
-        time.sleep(5)
-        print(f"error in process {dist.get_rank()}: {error}", file=sys.stderr)
-        return 2
+    copy = agreed()
+    if copy is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        state = torch.load(io.BytesIO(copy), device, weights_only=False)
+        train(state.teacher, state.student, state.config, state, None)
+    return 0
 
 
 def main():
     """Join the processes that torchrun has started, and take part in the run -> exit code."""
     if "LOCAL_RANK" not in os.environ:
         sys.exit("error: start it by torchrun, as its first lines show")
-    with contextlib.suppress(OSError, AttributeError, TypeError):       # as `C.main` does
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
     backend = "gloo"
     if torch.cuda.is_available():                       # gloo for what is on the CPU
         backend = "cpu:gloo,cuda:nccl"

@@ -12,7 +12,6 @@ nn.Module, images (B, 3, H, W) -> logits (B, K). Its last layer has to be an nn.
 The program finds its embedding and its feature maps by itself.
 """
 import functools
-import signal
 import sys
 from pathlib import Path
 
@@ -74,12 +73,12 @@ NETWORKS |= {f"resnet{depth}b": functools.partial(projection_resnet, depth)
 STUDENTS = {"wrn40_2": "wrn16_2", "wrn40_1": "wrn16_1"}                 # by default, of a teacher
 CHENYAOFO = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/cifar100_"
 PUBLIC_TEACHERS = {     # as C.PUBLIC_TEACHERS; behind it the stated accuracy in %
-    "cifar100_resnet20b": (CHENYAOFO + "resnet20-23dac2f1.pt", "23dac2f1"),           # 68.8
-    "cifar100_resnet32b": (CHENYAOFO + "resnet32-84213ce6.pt", "84213ce6"),           # 70.2
-    "cifar100_resnet44b": (CHENYAOFO + "resnet44-ffe32858.pt", "ffe32858"),           # 71.6
-    "cifar100_resnet56b": (CHENYAOFO + "resnet56-f2eff4c8.pt", "f2eff4c8"),           # 72.6
+    "resnet20b_cifar100": (CHENYAOFO + "resnet20-23dac2f1.pt", "23dac2f1", C.CIFAR100),     # 68.8
+    "resnet32b_cifar100": (CHENYAOFO + "resnet32-84213ce6.pt", "84213ce6", C.CIFAR100),     # 70.2
+    "resnet44b_cifar100": (CHENYAOFO + "resnet44-ffe32858.pt", "ffe32858", C.CIFAR100),     # 71.6
+    "resnet56b_cifar100": (CHENYAOFO + "resnet56-f2eff4c8.pt", "f2eff4c8", C.CIFAR100),     # 72.6
 }
-known_to_program, parse_args = C.build_model, C.parse_args
+known_to_program = C.build_model
 
 
 def build_model(arch, num_classes):
@@ -89,22 +88,12 @@ def build_model(arch, num_classes):
     return known_to_program(arch, num_classes)
 
 
-def parse_args_with_students(argv):
-    """As before, but the default student of a teacher in STUDENTS is the one named there."""
-    config = parse_args(argv)
-    if config.teacher in STUDENTS and not config.resume:
-        # A --student that was typed stands later, and of two flags the last one counts.
-        config = parse_args(["--student", STUDENTS[config.teacher], *argv])
-    return config
-
-
 def main(argv=None):
     """The usual command, which now knows these names -> exit code."""
-    C.build_model, C.parse_args = build_model, parse_args_with_students
+    C.build_model, C.STUDENTS = build_model, C.STUDENTS | STUDENTS
     C.PUBLIC_TEACHERS = C.PUBLIC_TEACHERS | PUBLIC_TEACHERS
     return C.main(argv)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # ends a run as Ctrl-C does
     sys.exit(main())

@@ -38,12 +38,14 @@ def probe_in_folds(network, images, labels, device="cpu", folds=5):
     """Mean accuracy, in percent, of linear probes that were each scored on another fold."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     parts = order.chunk(folds)
-    scores = []
+    scores, network = [], network.eval()
+    def embed(images):
+        return C.read(network, images)[1]
     for held in parts:
         rest = torch.cat([part for part in parts if part is not held])
         train = TensorDataset(images[rest], labels[rest])
         test = TensorDataset(images[held], labels[held])
-        scores.append(C.linear_probe(network, train, test, device)["accuracy"])
+        scores.append(C.linear_probe(embed, train, test, device))
     return sum(scores) / len(scores)
 
 
@@ -56,8 +58,8 @@ def run(args):
         network = network.to(args.device)
         accuracy = probed = ""
         if own:
-            logits, labels, _ = C.predict(network, TensorDataset(*own), args.device)
-            accuracy = f"{C.top1(logits, labels):.2f}"
+            scores = C.collect(network.eval(), TensorDataset(*own), args.device)
+            accuracy = f"{C.top1(*scores):.2f}"
         if other:
             probed = f"{probe_in_folds(network, *other, args.device):.2f}"
         print(f"| {name} | {accuracy} | {probed} |", flush=True)

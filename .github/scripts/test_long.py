@@ -1,0 +1,132 @@
+"""Tests that take long or are not of the method: README, twenty kills, a GPU that is not there.
+
+    python -m pytest -q .github/scripts/test_long.py
+
+CAE_DFKD_SLOW=1 adds the kills, which take minutes.
+"""
+# SPDX-License-Identifier: MIT
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(HERE))
+import cae_dfkd as C
+
+SOURCE, README = (HERE / "cae_dfkd.py").read_text(), (HERE / "README.md").read_text()
+
+
+# ===== A GPU that is not there ====================================================================
+# Fake tensors have a device and a shape but no values. Operations that mix devices are refused.
+FAKE_CUDA = """
+import torch, cae_dfkd as C
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+def apply_plainly(self, fn, recurse=True):      # Module.to without swapping tensors
+    for child in self.children():
+        child._apply(fn)
+    for name, p in self._parameters.items():
+        if p is not None:
+            self._parameters[name] = nn.Parameter(fn(p.detach()), p.requires_grad)
+    for name, b in self._buffers.items():
+        if b is not None:
+            self._buffers[name] = fn(b)
+    return self
+nn.Module._apply = apply_plainly
+torch.Tensor.__bool__ = lambda self: True
+torch.Tensor.item = torch.Tensor.__float__ = lambda self: 0.5
+torch.Tensor.backward = lambda self, *args, **kwargs: None
+with FakeTensorMode():
+    for decoupled in (True, False):
+        teacher = C.Normalized(C.build_model("resnet20", 10), *C.IMAGENET).to("cuda").eval()
+        student = C.Normalized(C.build_model("resnet8", 10), *C.IMAGENET).to("cuda")
+        config = C.Config(device="cuda", bf16=True, cycles=1, synth_steps=1, kd_steps=1,
+                          decoupled=decoupled)
+        state = C.State(teacher, student, config)
+        C.distill(teacher, student, config, state)
+        devices = {str(t.device) for t in (state.bank.images, state.bank.labels,
+                                           *state.generator.parameters(), *student.buffers())}
+        print(devices)
+"""
+
+
+def test_all_tensors_meet_on_a_gpu_that_is_not_there():
+    done = subprocess.run([sys.executable, "-c", FAKE_CUDA], capture_output=True, text=True,
+                          cwd=HERE)
+    assert done.stdout.count("{'cuda:0'}") == 2, done.stdout + done.stderr
+
+
+# ===== Kills ======================================================================================
+# A run whose checkpoints take their time: most kills fall into the writing of one.
+KILLED = """
+import sys, time, cae_dfkd as C
+def slow(thing, file, write=C.torch.save):
+    file.write(b"half")
+    time.sleep(0.3)
+    file.seek(0)
+    write(thing, file)
+C.torch.save = slow
+sys.exit(C.main())
+"""
+
+
+FAST = ("--device cpu --teacher resnet8 --teacher-epochs 1 --cycles 2 --generator-width 16 "
+        "--synth-batch 20 --synth-steps 2 --kd-steps 2 --batch-size 20 --warmup-rounds 1").split()
+
+
+@pytest.mark.skipif("CAE_DFKD_SLOW" not in os.environ, reason="minutes; CAE_DFKD_SLOW=1 runs it")
+def test_twenty_kills_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        Path("few", place).mkdir(parents=True)
+        Image.effect_noise((64, 64), 50).save(f"few/{place}/x.png")
+    words = "--cycles 150 --teacher-epochs 40 --dataset few --probe-dataset few --out runs/"
+    assert C.main([*FAST, *f"{words}unbroken".split()]) == 0
+    moments, kills, out = np.random.default_rng(0), 0, Path("runs/killed")
+    while not (out / "summary.json").exists():
+        how = [*FAST, *f"{words}killed".split()]
+        how = ["--resume", str(out)] if (out / "config.json").exists() else how
+        run = subprocess.Popen([sys.executable, "-c", KILLED, *how],
+                               env={**os.environ, "PYTHONPATH": str(HERE)})
+        try:
+            assert run.wait(moments.uniform(2, 6) if kills < 20 else None) == 0
+        except subprocess.TimeoutExpired:
+            run.kill(), run.wait()
+            kills += 1
+        assert not (out / "last.pt").exists() or torch.load(out / "last.pt")     # never a half
+    student, other = (torch.load(f"runs/{name}/student.pt") for name in ("unbroken", "killed"))
+    student, other = student["state_dict"], other["state_dict"]
+    assert kills == 20 and all(torch.equal(student[k], other[k]) for k in student)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["cycle"] for line in lines] == list(range(1, 151))
+
+
+# ===== README =====================================================================================
+def test_readme_keeps_its_promises(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"python cae_dfkd\.py([^`\n]*)", README)
+    assert len(README.splitlines()) <= 130 and len(commands) >= 4
+    for words in commands:
+        assert "--resume" in words or C.parse_args(words.split())
+    rows = re.findall(r"^\| (\d+) \|.*\[`(\w+)`\]\(cae_dfkd\.py#L(\d+)\)", README, re.M)
+    assert [int(row[0]) for row in rows] == list(range(1, 11))
+    for _, name, line in rows:
+        assert re.match(rf"(def|class) {name}\b", SOURCE.splitlines()[int(line) - 1]), name
+    assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)", README))
+    assert max(map(len, README.splitlines())) <= 120
+    log = (HERE / ".github/experiments.md").read_text().replace("−", "-")
+    results = "".join(re.findall(r"^\|.*\n", README.split("## Results")[1], re.M)).replace("−", "-")
+    numbers = re.findall(r"[+-]?\d+\.\d(?: ± \d+\.\d)?", results)
+    assert len(numbers) > 40 and not [n for n in numbers if n not in log]     # none without its run
+    snippets = re.findall(r"```python\n((?!import clip).*?)```", README, re.S)
+    assert snippets
+    for text in snippets:
+        exec(compile(text, "README.md", "exec"), {})
