@@ -10,19 +10,19 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Measured accuracy in % (the second: three seeds)            minutes     teacher student    untrained
-    no flags (shapes; eq. 5 is off)                         3, 2 cores  99.45   93.45      8.75
+Test accuracy in % (± over three seeds)                     minutes     teacher student    untrained
+    no flags (shapes; without eq. 5)                        3, 2 cores  99.45   93.45      8.75
     --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 7.5
 
-Networks of your own need Python, and no images at all. Both must be on one device and return, as it
-is, the output of an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
+Networks of your own need Python, and no images at all. Both must be on one device, and their last
+operation must be an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
     from cae_dfkd import Config, Normalized, distill
     teacher = Normalized(my_teacher, mean, std)     # it now takes images in [0, 1]
     student = Normalized(my_student, mean, std)
     distill(teacher, student, Config(image_size=32, cycles=115))        # trains student.net
 
 Why the teacher's outputs teach more than labels do: a label says "cat". The outputs say "cat 0.8,
-dog 0.15, truck 0.01", so they also tell what the image resembles.
+dog 0.15, truck 0.01". So they also tell what the image resembles.
 
 Training repeats a *cycle* of two phases. A network in capitals learns, the others are frozen:
 
@@ -32,9 +32,9 @@ A, synthesis     label y ─> e_y + noise ─> GENERATOR ─> images ─> crops 
 B, distillation  bank ─> random batch ─> recoloured crops ─┬─> teacher ─> targets of eq. 7, 8
                                                            └─> STUDENT ─> eq. 7, 8, 9
 
-A *step* changes the weights of one network once. A *round* makes one batch of new images: it draws
-labels and noise, and the generator takes 12 steps on this one batch. A *cycle* is one round and
-then 80 student steps. This is *decoupled* training. In *coupled* training, which serves only for
+A *step* changes the weights of one network once. A *round* draws one batch of labels and noise. The
+generator takes 12 steps on it, and the images of the last step go to the bank. A *cycle* is one
+round and then 80 student steps. This is *decoupled* training. In *coupled* training, for
 comparison, a cycle is 80 turns of one generator step and one student step:
                                    decoupled                    coupled
     generator steps in a cycle     12                           80
@@ -50,7 +50,7 @@ Notation   B batch size, K categories, images of H x H pixels, y (B,) their cate
            e (K, E) category embeddings; z = h(f_S) (B, D_T), h a linear layer that learns with S
 
 eq  what                               where                            source
- 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted, but e is ours
+ 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted; e, q_n, M_n are ours
  2  x̂ = G(ê), images in [0, 1]         Generator                        prior work (DAFL, NAYER)
  3  L_CE = CE(t(crops of x̂), y)        generator_step                   noted
  4  L_FM, feature matching             feature_matching_loss            noted; after DeepInversion
@@ -59,9 +59,10 @@ eq  what                               where                            source
  7  L_KD, knowledge distillation       kd_loss                          noted; form of Hinton et al.
  8  L_CAE, category-aware embedding    category_aware_embedding_loss    named in one note; form ours
  9  L_CNCL, contrastive                contrastive_loss                 quoted, but pairs are ours
-10  L_S = L_KD + λ_cae L_CAE + λ_cncl L_CNCL        student_step        noted, but for L_CAE
+10  L_S = L_KD + λ_cae Σ L_CAE + λ_cncl L_CNCL      student_step        noted, but Σ L_CAE is ours:
+                                                                        of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
-*Prior work*: older papers. *Ours*, or [our choice] at a line: no source says it.
+*Ours*, or [our choice] at a line: no source says it. All equation numbers but 1 are ours.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its first layer.
@@ -92,7 +93,7 @@ from torchvision import datasets, models, transforms, utils
 from torchvision.models.resnet import BasicBlock
 
 
-# ===== 1. Settings: flags, types, defaults and help in one place ==================================
+# ===== 1. Settings: flags, types, defaults, help ==================================================
 SHAPES_PRESET = dict(teacher_epochs=5, cycles=10, kd_steps=100, student_lr=0.1,
                      lambda_fm=8.0, lambda_adv=0.0)             # eq. 5 is off
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18"}     # of other teachers: resnet8
@@ -112,10 +113,10 @@ def blamed(what):
 @dataclasses.dataclass
 class Config:
     """The settings of a run. The comment behind a field is the help of its flag. The numbers were
-    chosen by test scores on CIFAR-10 [our choice]. SHAPES_PRESET: on the command line alone."""
+    chosen by test scores on CIFAR-10 [our choice]. SHAPES_PRESET is for the command line alone."""
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
-    probe_dataset: str = "shapes-unseen"    # data set of the linear probe, with the same choice
+    probe_dataset: str = "shapes-unseen"    # data set of the linear probe: same values as dataset
     image_size: int = 32                # height and width in pixels
     cycles: int = 150                   # cycles of synthesis and distillation
     eval_every: int = 25                # cycles between two scores on the test split
@@ -127,7 +128,7 @@ class Config:
     eval_only: str = ""                 # a student.pt to score, without any training
     # Networks
     teacher: str = "resnet20"           # resnet8, 20, 32, 44, 56 (thin), resnet18, 34, 50 (wide)
-    student: str = ""                   # same names; else resnet18 of a resnet34 or 50, else 8
+    student: str = ""                   # same names; else resnet18 for resnet34 and 50, else 8
     teacher_ckpt: str = ""              # file of its weights; else they are fetched, or trained
     teacher_epochs: int = 60            # epochs of a teacher that has to be trained
     mean: tuple = ()        # three numbers by which it normalises; else the usual ones
@@ -204,7 +205,7 @@ class Normalized(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, x):
-        return self.net((x - self.mean) / self.std)
+        return self.net((x - self.mean.to(x.device)) / self.std.to(x.device))
 
 
 class Shortcut(nn.Module):
@@ -274,14 +275,14 @@ def hooked(modules, hook):
 def read(model, x):
     """One forward pass -> logits (B, K), embedding (B, D), maps [(B, D_r, h_r, h_r), ...], head.
     The head is the nn.Linear whose output is that of the network. What enters it is the embedding.
-    ValueError if there is no such layer. The maps are the last outputs of each resolution, from
-    coarse to fine: of a ResNet-20, 64 x 8 x 8, 32 x 16 x 16, 16 x 32 x 32. (Copy `hooked`, too.)"""
+    ValueError if there is none. (Leave out a softmax or scale after it; write a 1x1 convolution as
+    an nn.Linear.) The maps are the last outputs of each resolution, from coarse to fine: of a
+    ResNet-20, 64 x 8 x 8, 32 x 16 x 16, 16 x 32 x 32. To copy it, copy `hooked` as well."""
     calls, maps = [], {}
     def look(module, inputs, output):
         if isinstance(module, nn.Linear):
             calls.append((module, inputs[0], output))
-        # In a vision transformer a convolution of the image cuts patches, and the outputs of
-        # dropout and softmax are matrices of attention. None of them is a map.
+        # No maps: patches that a convolution cuts out of the image, attention after a softmax.
         cuts = isinstance(module, nn.Conv2d) and inputs[0].shape == x.shape
         no_map = cuts or isinstance(module, (nn.Dropout, nn.Softmax))
         if isinstance(output, Tensor) and output.ndim == 4 and not no_map:
@@ -293,7 +294,7 @@ def read(model, x):
         logits = model(x)
     heads = [(layer, before) for layer, before, after in calls if after is logits]
     if not heads or logits.ndim != 2:                   # `is`: nothing comes after the head
-        raise ValueError("wrap a network, to return the (B, K) output of an nn.Linear")
+        raise ValueError("its last operation must be an nn.Linear: wrap the network")
     head, embedding = heads[-1]
     return logits, embedding, [maps[size] for size in sorted(maps)], head
 
@@ -302,11 +303,11 @@ def read(model, x):
 class CEND(nn.Module):
     """Category embedding noise diffusion, eq. 1: ê = e_y + M_n ⊙ q_n, n in {1..N}, q_n ~ NS_n.
     Quoted from a review. "Diffusion" means only that noise is added. The paper takes e from a
-    language model: save its (K, E) text embeddings of your class names by np.save, and give the
-    file to --prior. Our default is the weight rows of the teacher's head, one row a category.
+    language model: np.save its (K, E) embeddings of the class names, in the order of the labels,
+    and give the file to --prior. Our default is the weight rows of the teacher's head.
     category_embeddings (K, E) in any scale, copied without their gradient; magnitudes: N numbers
-    M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ...; these
-    families, the draw of n for each image, and what follows are [our choice]. Embeddings are
+    M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ... These
+    families, the draw of n for each image, centring and scaling are [our choice]. Embeddings are
     centred, because those of a language model are almost parallel. K centred vectors span at most
     r = min(K-1, E) directions, and we scale their mean squared length to r. With K = 10, E = 64 and
     M = 2 an embedding has a length of 3, the noise one of 6 in these 9 directions, of 16 in all."""
@@ -445,9 +446,8 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
         student 0             right       -         wrong        "-" is left out: it is another
         student 1               -        right      wrong        image of the same category
         student 2             wrong      wrong      right
-    Only z learns: each z_i chooses among teacher embeddings, and these do not move. They are
-    centred, because after a ReLU no value is negative and all cosines would be high. To leave out
-    "-" is [our choice]; five pairs of runs of 8 cycles with and without it did not differ clearly.
+    Targets are centred, because after a ReLU no value is negative and all cosines would be high. To
+    leave out "-" is [our choice]; five pairs of runs of 8 cycles with and without hardly differ.
     With cosines of 1 for right, -0.5 for wrong and τ = 1 the third row costs most:
     >>> z = torch.tensor([[2.0, 0.0], [-1.0, 3 ** 0.5], [-1.0, -3 ** 0.5]])     # 120° apart
     >>> one_wrong, two_wrong = (math.log(1 + n * math.exp(-1.5)) for n in (1, 2))
@@ -470,8 +470,8 @@ def contrastive_loss(z, labels, temperature=0.1):
     z (B, D_T), normalised here; labels (B,) -> scalar >= 0. P(i): the other rows of i's category.
     V: the rows that have any. A batch without a pair gives 0. Eq. 8 compares student with teacher,
     eq. 9 compares student with student. The paper's positive pairs are of one category and differ
-    in their degree of diffusion, the amount of noise. Ours are any two of one category [our choice]
-    and, unlike the paper's by the notes, they are cropped and recoloured."""
+    in their degree of diffusion, the amount of noise. Ours are any two images of one category,
+    cropped and recoloured. [our choice]"""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # -inf * 0 would be nan
@@ -520,9 +520,8 @@ class State:
         # coarsest maps of both networks are a pair, then the next coarsest.          [our choice]
         self.projection = nn.Linear(f_s.shape[1], f_t.shape[1]).to(device)
         pairs = zip(maps_s, maps_t) if config.positions and config.lambda_cae else []
-        self.pairs = [(tuple(a.shape[1:]), tuple(b.shape[1:])) for a, b in pairs]
-        layers = [nn.Linear(a[0], b[0]) for a, b in self.pairs]
-        self.map_projections = nn.ModuleList(layers).to(device)
+        self.maps = [(tuple(a.shape[1:]), tuple(b.shape[1:])) for a, b in pairs]
+        self.map_projections = nn.ModuleList(nn.Linear(a[0], b[0]) for a, b in self.maps).to(device)
         learning = nn.ModuleList([student, self.projection, self.map_projections])
         self.student_parameters = [p for p in learning.parameters() if p.requires_grad]
         self.student_optimizer = torch.optim.SGD(
@@ -610,7 +609,7 @@ def synthesis_round(state):
         reset     seed layer, Adam's moments   or G would repeat the last round's images (NAYER)
         kept      the other layers of G        they have learnt what images look like
         held      labels, noise in the round   in a few steps G can learn to draw this one batch,
-                                               but not to turn any noise into images [our choice]
+                                               but not to draw for arbitrary noise  [our choice]
     All steps of a round see the same rows, so G can fit each row and ignore e_y. This may be why
     other category embeddings made no clear difference in our runs."""
     e_hat, labels = draw_embeddings(state)
@@ -647,7 +646,7 @@ def student_step(state):
     categories, and all other places of its own category are left out. The student is in train mode,
     the teacher in eval mode without gradients.
     Why places: the embedding of a ResNet is only the mean of its last map, and quite different maps
-    can have the same mean. Places align the maps, and teach lower layers directly.  [our choice]"""
+    can have the same mean. Places pull each part of each map to the teacher's.      [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)
@@ -698,7 +697,7 @@ def coupled_cycle(state):
 
 
 def print_cycle(state, metrics):
-    """A line for each cycle. Of the losses, kd and cae should fall, and ce should stay small."""
+    """A line for each cycle. kd and cae should fall from cycle to cycle, recognised stay high."""
     print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
 
 
@@ -714,7 +713,7 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
     state = state or State(teacher, student, config)
     if (state.teacher, state.student, state.config) != (teacher, student, config):
         raise ValueError("state is of another teacher, student or config")
-    print("eq. 8 compares maps:", state.pairs, flush=True)
+    print("eq. 8 compares maps:", state.maps, flush=True)
     teacher.eval()
     while state.cycle < config.cycles:
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
@@ -944,7 +943,7 @@ def run(config, train=distill):
     """A whole run in the directory config.out. train: distill, or a loop like it."""
     if config.resume:
         if config != Config(resume=config.resume):
-            raise ValueError("give --resume alone; its config.json has the settings")
+            raise ValueError("give --resume alone: it has settings")
         with blamed(path := Path(config.resume, "config.json")):
             config = Config(**json.loads(path.read_text()) | {"resume": config.resume})
     test, classes = load_data(config.dataset, "test", config)
@@ -953,7 +952,8 @@ def run(config, train=distill):
         student = load_network(config.eval_only, "", classes, config.image_size, config.mean,
                                config.std).to(config.device)
         return score("student", student, test, probe, config)
-    build_model(config.student, len(classes))   # what can be wrong fails now, before hours of work
+    for arch in (config.teacher, config.student):
+        build_model(arch, len(classes))         # what can be wrong fails now, before hours of work
     if config.prior != "teacher":
         load_prior(config.prior, len(classes))
     teacher, out = find_teacher(config, classes), Path(config.out)
@@ -969,7 +969,7 @@ def run(config, train=distill):
         student = Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
         state = State(teacher, student, config)
         summary = {"teacher": score("teacher", teacher, test, probe, config)}
-        print("if that is low, check --mean, --std, the first layer (3x3, stride 1)")
+        print("if that is low: check --mean, --std, the stem (3x3, stride 1)")
         summary["untrained"] = score("untrained", student, test, probe, config)
         train_and_log(state, test, train)
         utils.save_image(to_float(state.bank.images[-100:]), out / "samples.png", nrow=len(classes))

@@ -373,7 +373,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("kind", ["tuple", "dict", "softmax", "tokens", "convolution", "aux"])
 def test_other_outputs_are_refused_with_the_remedy(kind):
     teacher, _, config, _ = start()
-    with pytest.raises(ValueError, match="output of an nn.Linear"):
+    with pytest.raises(ValueError, match="must be an nn.Linear: wrap"):
         C.distill(teacher, Odd(kind), config)
 
 

@@ -1,0 +1,118 @@
+"""The README's tables of results, computed from .github/runs.csv.
+
+    python .github/scripts/tables.py            prints both tables
+    python .github/scripts/tables.py --write    puts them into the README
+    python .github/scripts/tables.py --check    says where the README differs, exit code 1
+
+A row of runs.csv is a run: first digits of the commit, script, flags (without the seed and local
+paths), seed, processor, threads, precision, cycles, seconds, scores, note. Scores are those of the
+last state, in percent or AP50.
+"""
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCORES = "accuracy_1017", "accuracy_6102", "clothing", "scenes", "photos"
+LONG = "--dataset cifar10 --cycles 115 --bf16"
+NETWORKS = [    # what stands in the README, how it was trained, script, flags
+    ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
+    ("**ResNet-20, student**", None, "cae_dfkd.py",
+     "--dataset cifar10 --student resnet20 --cycles 115 --bf16"),
+    ("ResNet-20, not trained", "", "network, no run", "--student resnet20"),
+    ("ResNet-8, student", None, "cae_dfkd.py", LONG),
+    ("ResNet-8, student without eq. 8", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
+    ("ResNet-8, not trained", "", "network, no run", "--student resnet8"),
+    ("ResNet-8, by NAYER's code", None, "another project", ""),
+    ("*ResNet-56, teacher*", "real images", "network, no run", "--teacher resnet56"),
+    ("ResNet-20, student of it", None, "cae_dfkd.py",
+     "--dataset cifar10 --teacher resnet56 --student resnet20 --cycles 115 --bf16"),
+    ("*ResNet-34, teacher*", "real images", "network, no run", "--teacher resnet34"),
+    ("**ResNet-18, student of it**", None, "cae_dfkd.py",
+     "--dataset cifar10 --teacher resnet34 --cycles 24 --bf16 --lambda-fm 3 --generator-lr 1e-3"),
+    ("ResNet-18, not trained", "", "network, no run", "--student resnet18")]
+PARTS = [       # what stands in the README, the flag that leaves the part out
+    ("features (eq. 8), with places", "--lambda-cae 0"), ("places alone", "--positions 0"),
+    ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
+    ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
+    ("contrast (eq. 9)", "--lambda-cncl 0")]
+
+
+def read_runs():
+    """The rows of runs.csv, as dicts of texts."""
+    with open(ROOT / ".github/runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def spread(values, signed=False):
+    """Mean and standard deviation, as 1.2 ± 0.3, of numbers; empty if there are none."""
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.1f}"
+    return text.replace("-", "−")
+
+
+def network_rows(runs):
+    """The table of networks, a list of lines. Networks without a row in runs.csv are left out."""
+    lines = ["| network | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
+             "|---|---|---|---|---|---|"]
+    for name, training, script, flags in NETWORKS:
+        rows = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
+        scored = [r for r in rows if r["clothing"]]
+        if not scored:
+            continue
+        if training is None:
+            minutes = statistics.mean(float(r["seconds"]) for r in scored) / 60
+            cores = {"1": "1 core", "2": "2 cores"}[scored[0]["threads"]]
+            plural = "s" * (len(scored) > 1)
+            training = f"{minutes:.0f} min, {cores}, {len(scored)} run{plural}"
+        cells = [spread([float(r[s]) for r in scored if r[s]])
+                 for s in ("accuracy_1017", "clothing", "scenes", "photos")]
+        lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
+    return lines
+
+
+def part_rows(runs):
+    """The table of parts: the full method less the method without the part, paired by seed."""
+    def by_seed(flags):
+        return {r["seed"]: r for r in runs if r["script"] == "cae_dfkd.py" and r["flags"] == flags}
+    full = by_seed(LONG)
+    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
+    for name, flag in PARTS:
+        without = by_seed(f"{LONG} {flag}")
+        seeds = sorted(full.keys() & without.keys())
+        if not seeds:
+            continue
+        cells = []
+        for s in ("accuracy_6102", "clothing", "scenes", "photos"):
+            added = [float(full[seed][s]) - float(without[seed][s]) for seed in seeds]
+            cells.append(spread(added, signed=True))
+        lines.append(" | ".join([f"| {name}", str(len(seeds)), *cells]) + " |")
+    return lines
+
+
+def main(argv):
+    """Prints, writes or checks the tables -> exit code."""
+    runs, readme = read_runs(), (ROOT / "README.md").read_text()
+    tables = {"networks": network_rows(runs), "parts": part_rows(runs)}
+    new = readme
+    for name, lines in tables.items():
+        before, rest = new.split(f"<!-- {name} -->\n", 1)
+        old, after = rest.split("<!-- end -->", 1)
+        table = "\n".join(lines) + "\n"
+        if "--check" in argv and old != table:
+            theirs = set(old.splitlines()) ^ set(lines)
+            print(f"README, {name}: differs from runs.csv in", *sorted(theirs), sep="\n")
+        if not argv:
+            print(table)
+        new = f"{before}<!-- {name} -->\n{table}<!-- end -->{after}"
+    if "--write" in argv:
+        (ROOT / "README.md").write_text(new)
+    return int("--check" in argv and new != readme)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
