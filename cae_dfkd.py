@@ -72,6 +72,7 @@ SupCon (2004.11362): InfoNCE in which all columns of the row's category are righ
 # SPDX-License-Identifier: MIT
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -483,8 +484,8 @@ def contrastive_loss(z, labels, temperature=0.1):
 
 # ===== 5. State, steps, cycles, and the loop over them ============================================
 def load_prior(prior, k):
-    """Category embeddings (K, E): "index", or those in a file. ValueError if they are unfit."""
-    e = torch.eye(k) if prior == "index" else torch.as_tensor(np.load(prior)).float()
+    """Category embeddings (K, E) of a file, else an index. ValueError if the file does not fit."""
+    e = torch.eye(k) if prior in ("index", "teacher") else torch.as_tensor(np.load(prior)).float()
     if e.ndim != 2 or len(e) != k or not 0 < e.var(0).sum() < math.inf:
         raise ValueError(f"{prior} must hold ({k}, E) numbers")
     return e
@@ -588,7 +589,7 @@ def generator_step(state, e_hat, labels):
     with hooked(state.bn_layers, lambda *call: calls.append(call)), autocast(e_hat, config):
         images = state.generator.train()(e_hat)                                     # eq. 2
         crops = augment(images)
-        t = state.teacher(crops).float()
+        t = state.teacher.eval()(crops).float()
         s = student(crops).float() if config.lambda_adv else None
     l_ce = F.cross_entropy(t, labels)                                               # eq. 3
     if config.lambda_fm:
@@ -714,7 +715,6 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
     if (state.teacher, state.student, state.config) != (teacher, student, config):
         raise ValueError("state is of another teacher, student or config")
     print("eq. 8 compares maps:", state.maps, flush=True)
-    teacher.eval()
     while state.cycle < config.cycles:
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)
@@ -952,10 +952,8 @@ def run(config, train=distill):
         student = load_network(config.eval_only, "", classes, config.image_size, config.mean,
                                config.std).to(config.device)
         return score("student", student, test, probe, config)
-    for arch in (config.teacher, config.student):
-        build_model(arch, len(classes))         # what can be wrong fails now, before hours of work
-    if config.prior != "teacher":
-        load_prior(config.prior, len(classes))
+    build_model(config.student, len(classes))   # what can be wrong fails now, before hours of work
+    load_prior(config.prior, len(classes))
     teacher, out = find_teacher(config, classes), Path(config.out)
     data = None if teacher else load_data(config.dataset, "train", config)[0]
     out.mkdir(parents=True, exist_ok=bool(config.resume))       # a new run has a new directory
@@ -968,19 +966,21 @@ def run(config, train=distill):
         net = build_model(config.student, len(classes))
         student = Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
         state = State(teacher, student, config)
-        summary = {"teacher": score("teacher", teacher, test, probe, config)}
+        scores = {"teacher": score("teacher", teacher, test, probe, config)}
         print("if that is low: check --mean, --std, the stem (3x3, stride 1)")
-        summary["untrained"] = score("untrained", student, test, probe, config)
+        scores["untrained"] = score("untrained", student, test, probe, config)
         train_and_log(state, test, train)
         utils.save_image(to_float(state.bank.images[-100:]), out / "samples.png", nrow=len(classes))
         save_network(student, out / "student.pt", config.student, classes, config.image_size)
-        summary["student"] = score("student", student, test, probe, config)
-        summary |= {"cycles": state.cycle, "images": len(state.bank.labels)}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        scores |= {"student": score("student", student, test, probe, config), "cycle": state.cycle}
+        (out / "summary.json").write_text(json.dumps(scores, indent=1))
 
 
 def main(argv=None):
     """Command line -> exit code: 0 done, 2 with one line that says what is wrong, 130 Ctrl-C."""
+    if sys.platform == "linux":             # glibc then keeps freed memory for the next step,
+        libc = ctypes.CDLL(None)            # which makes a CPU up to 30 % faster
+        libc.mallopt(-4, 0), libc.mallopt(-1, 2 ** 31 - 1)      # M_MMAP_MAX, M_TRIM_THRESHOLD
     config = None
     try:
         config = parse_args(argv)
