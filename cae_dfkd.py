@@ -12,7 +12,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
 
 Test accuracy in % (± over three seeds)                     minutes     teacher student    untrained
     no flags (shapes; without eq. 5)                        3, 2 cores  99.45   93.45      8.75
-    --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 7.5
+    --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 8.4
 
 Networks of your own need Python, and no images at all. Both must be on one device, and their last
 operation must be an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
@@ -62,7 +62,7 @@ eq  what                               where                            source
 10  L_S = L_KD + λ_cae Σ L_CAE + λ_cncl L_CNCL      student_step        noted, but Σ L_CAE is ours:
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
-*Ours*, or [our choice] at a line: no source says it. All equation numbers but 1 are ours.
+*Ours*, [our choice]: no source says it. Equation numbers are ours.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its first layer.
@@ -108,7 +108,7 @@ def blamed(what):
     try:
         yield
     except Exception as error:                          # a broken file can fail in many ways
-        raise ValueError(f"{what}: {error}") from error
+        raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 @dataclasses.dataclass
@@ -164,8 +164,8 @@ class Config:
         for name, value in vars(self).items():
             least = LEAST.get(name, 1 if type(getattr(Config, name)) is int else 0)
             numbers = [] if isinstance(value, str) else np.ravel(value)
-            if not all(least <= number < math.inf for number in numbers):
-                raise ValueError(f"{name} is {value}, not at least {least}")
+            if not all(least <= number <= 1e12 for number in numbers):
+                raise ValueError(f"{name} is {value}, not in {least} to 1e12")
 
 
 def parse_args(argv=None):
@@ -185,8 +185,8 @@ def parse_args(argv=None):
         kind["help"] = f"{help_of[name]} (default: {default})"
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))               # only what was typed
-    if "" in given.values():
-        parser.error("a flag has an empty value")       # as from an empty shell variable
+    if "" in given.values() or ("resume" in given and len(given) > 1):
+        parser.error("a flag is empty, or stands beside --resume")
     if "resume" not in given and given.get("dataset", "shapes") == "shapes":
         given = SHAPES_PRESET | given
     return Config(**given)
@@ -202,8 +202,8 @@ class Normalized(nn.Module):
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last)            # the faster layout
         mean, std = (torch.as_tensor(v).float().view(3, 1, 1) for v in (mean, std))
-        self.register_buffer("mean", mean, persistent=False)            # not in the state dict
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
     def forward(self, x):
         return self.net((x - self.mean.to(x.device)) / self.std.to(x.device))
@@ -240,13 +240,13 @@ def build_model(arch, num_classes):
     return model
 
 
-def load_network(path, arch="", classes=(), image_size=0, mean=(), std=(), usual=IMAGENET):
+def load_network(path, arch="", classes=(), size=0, mean=(), std=(), usual=IMAGENET):
     """A file of weights -> Normalized, frozen, in eval mode. ValueError if the file does not fit. A
-    student.pt says its arch, classes and image_size; what is given must agree. Files of others need
+    student.pt says its arch, classes and image size; what is given must agree. Files of others need
     arch. Normalisation: mean and std, else what the file says, else `usual`."""
     with blamed(f"{path} as {arch or 'a network'}"):
         stored = torch.load(path, "cpu", weights_only=True)     # runs no code of the file
-        for name, asked in dict(arch=arch, classes=classes, image_size=image_size).items():
+        for name, asked in dict(arch=arch, classes=classes, image_size=size).items():
             if asked and stored.get(name, asked) != asked:
                 raise ValueError(f"its {name} is {stored[name]}")
         weights, renamed = stored, {}
@@ -258,6 +258,7 @@ def load_network(path, arch="", classes=(), image_size=0, mean=(), std=(), usual
             renamed[key.replace(".shortcut.", ".downsample.")] = value
         net = build_model(arch or stored["arch"], len(classes or renamed["fc.bias"]))
         net.load_state_dict(renamed)
+        nn.utils.get_total_norm(net.parameters(), 2.0, True)     # an error for NaN
         mean, std = mean or stored.get("mean", usual[0]), std or stored.get("std", usual[1])
         return Normalized(net, mean, std).eval().requires_grad_(False)
 
@@ -295,7 +296,7 @@ def read(model, x):
         logits = model(x)
     heads = [(layer, before) for layer, before, after in calls if after is logits]
     if not heads or logits.ndim != 2:                   # `is`: nothing comes after the head
-        raise ValueError("its last operation must be an nn.Linear: wrap the network")
+        raise ValueError("the last operation must be an nn.Linear: wrap it")
     head, embedding = heads[-1]
     return logits, embedding, [maps[size] for size in sorted(maps)], head
 
@@ -326,11 +327,10 @@ class CEND(nn.Module):
         source = torch.randint(len(self.magnitudes), labels.shape, device=labels.device)    # (B,)
         e = self.embeddings[labels]                                                 # e_y (B, E)
         # Each family has zero mean and unit variance, so that M_n alone sets its size. [our choice]
-        gaussian = torch.randn_like(e)
-        uniform = math.sqrt(3) * (2 * torch.rand_like(e) - 1)
-        laplace = torch.distributions.Laplace(0 * e, 0.5 ** 0.5, validate_args=False).sample()
-        rademacher = 2.0 * torch.randint_like(e, 2) - 1                 # -1 or 1
-        families = torch.stack([gaussian, uniform, laplace, rademacher])            # (4, B, E)
+        families = torch.stack([                                                    # (4, B, E)
+            torch.randn_like(e), math.sqrt(3) * (2 * torch.rand_like(e) - 1),   # Gaussian, uniform
+            torch.distributions.Laplace(0 * e, 0.5 ** 0.5, validate_args=False).sample(),
+            2.0 * torch.randint_like(e, 2) - 1])                        # Rademacher: -1 or 1
         q = families[source % 4, torch.arange(len(e), device=e.device)]             # q_n (B, E)
         return e + self.magnitudes[source, None] * q
 
@@ -396,7 +396,7 @@ def feature_matching_loss(layers, inputs, eps=1e-4):
     divide by σ_l, unlike DeepInversion, or channels of large values would count most. The mean
     makes λ_fm independent of the number of layers, but not of their width: norms grow like √C_l."""
     if not layers or any(layer.training for layer in layers):
-        raise ValueError("eq. 4 needs a teacher in eval mode with BatchNorm (or λ_fm = 0)")
+        raise ValueError("eq. 4 needs BatchNorm layers, in eval mode")
     distances = []
     for layer, x in zip(layers, inputs, strict=True):
         rows = x.movedim(1, -1).flatten(0, -2).float()                  # (B h w, C_l)
@@ -461,7 +461,7 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
     f = F.normalize(f - f.mean(0), dim=1)
     left_out = labels[:, None] == labels                                            # (N, N)
     left_out.fill_diagonal_(False)
-    similarity = (z @ f.T / temperature).masked_fill(left_out, -1e9)                # log w_ik
+    similarity = (z @ f.T / temperature).masked_fill(left_out, -math.inf)           # log w_ik
     return F.cross_entropy(similarity, torch.arange(len(z), device=z.device))
 
 
@@ -475,8 +475,8 @@ def contrastive_loss(z, labels, temperature=0.1):
     cropped and recoloured. [our choice]"""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, -1e9)      # -inf * 0 would be nan
-    log_p = F.log_softmax(similarity, 1)
+    similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)             # a ≠ i
+    log_p = F.log_softmax(similarity, 1).masked_fill(itself, 0)         # -inf * 0 would be nan
     positive = (labels[:, None] == labels) & ~itself                    # P(i), (B, B)
     per_row = -(log_p * positive).sum(1) / positive.sum(1).clamp_min(1)
     return per_row.sum() / positive.any(1).sum().clamp_min(1)           # mean over V
@@ -506,10 +506,9 @@ class State:
         with torch.no_grad():
             t, f_t, maps_t, head = read(teacher.eval(), image)
             s, f_s, maps_s, _ = read(student.eval(), image)
-        if s.shape != t.shape:
-            raise ValueError(f"the teacher has {t.shape[1]} categories, the student {s.shape[1]}")
-        if {*map(id, teacher.parameters())} & {*map(id, student.parameters())}:
-            raise ValueError("teacher and student share weights")
+        shared = set(teacher.parameters()) & set(student.parameters())
+        if shared or s.shape != t.shape:
+            raise ValueError(f"{s.shape[1]} and {t.shape[1]} categories, or shared weights")
         layers = [m for m in teacher.modules() if hasattr(m, "running_mean")]
         self.bn_layers = [layer for layer in layers if layer.running_mean is not None]
         e = head.weight if config.prior == "teacher" else load_prior(config.prior, t.shape[1])
@@ -531,10 +530,14 @@ class State:
             self.generator.parameters(), config.generator_lr, betas=(0.5, 0.999))
 
     def state_dict(self):
-        parts = {k: getattr(self, k).state_dict() for k in self.SAVED}
-        return parts | {"bank": [self.bank.images, self.bank.labels], "history": self.history}
+        bank = [self.bank.images, self.bank.labels]
+        saved = {"bank": bank, "history": self.history, "teacher": self.teacher.state_dict()}
+        return saved | {k: getattr(self, k).state_dict() for k in self.SAVED}
 
     def load_state_dict(self, saved):
+        pairs = zip(saved["teacher"].values(), self.teacher.state_dict().values())
+        if not all(torch.equal(a.to(b), b) for a, b in pairs):
+            raise ValueError("the run began with another teacher")
         for name in self.SAVED:
             getattr(self, name).load_state_dict(saved[name])
         self.bank.images, self.bank.labels = saved["bank"]
@@ -667,7 +670,7 @@ def student_step(state):
         for project, map_s, map_t in zip(state.map_projections, maps_s, maps_t):
             at_s = project(read_places(map_s, places).float())                      # (B P, D_r)
             at_t = read_places(map_t, places)                                       # (B P, D_r)
-            l_cae = l_cae + category_aware_embedding_loss(at_s, at_t, labels_at)    # eq. 8, places
+            l_cae += category_aware_embedding_loss(at_s, at_t, labels_at)    # eq. 8, places
     if config.lambda_cncl:
         l_cncl = contrastive_loss(z, labels)                                        # eq. 9
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
@@ -699,7 +702,7 @@ def coupled_cycle(state):
 
 def print_cycle(state, metrics):
     """A line for each cycle. kd and cae should fall from cycle to cycle, recognised stay high."""
-    print(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()), flush=True)
+    print(", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
 
 
 def distill(teacher, student, config, state=None, on_cycle=print_cycle):
@@ -713,7 +716,7 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
     torch.manual_seed(config.seed)
     state = state or State(teacher, student, config)
     if (state.teacher, state.student, state.config) != (teacher, student, config):
-        raise ValueError("state is of another teacher, student or config")
+        raise ValueError("state is of other arguments")
     print("eq. 8 compares maps:", state.maps, flush=True)
     while state.cycle < config.cycles:
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
@@ -727,8 +730,8 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
         state.cycle += 1
         # The losses were computed before the last step. This is of the weights after it.
         terms["weight_norm"] = nn.utils.get_total_norm(state.student_parameters)
-        metrics = {"cycle": state.cycle} | {k: term.item() for k, term in terms.items()}
-        if not all(math.isfinite(value) for value in metrics.values()):
+        metrics = {"cycle": state.cycle} | {k: v.item() for k, v in terms.items()}
+        if not all(map(math.isfinite, metrics.values())):
             raise FloatingPointError(f"not finite, lower a step size: {metrics}")
         state.history.append(metrics)
         on_cycle(state, metrics)
@@ -766,7 +769,8 @@ def fit_logistic(x, y, k, l2):
 def linear_probe(embed, train, test, device="cpu"):
     """Accuracy on test, in percent, of a linear classifier of embeddings that is fitted on train.
     embed: a function of images (B, 3, H, H) in [0, 1] -> (B, D); train and test: pairs (image,
-    label). The strength of L2 is the one that does best on a tenth of train, held out for this."""
+    label). L2 is the strength that does best on a tenth of train, held out for this. To copy it,
+    copy to_float, collect, top1 and fit_logistic as well."""
     x, y = collect(embed, train, device)
     x_test, y_test = collect(embed, test, device)
     std, mean = torch.std_mean(x, 0)
@@ -809,9 +813,8 @@ def draw_shapes(n, shapes, seed, size):
 
 
 def load_data(dataset, split, config):
-    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names). A
-    folder holds train/CLASS/*, test/CLASS/*; images are scaled and cut to squares. CIFAR is
-    downloaded to data/, unless its python version is unpacked there."""
+    """Split "train" or "test" -> (data of uint8 (3, size, size) images and labels, class names). Of
+    a folder, images are scaled and cut to squares. CIFAR is downloaded to data/ if missing."""
     size, train = config.image_size, split == "train"
     if dataset in ("shapes", "shapes-unseen"):
         shapes = SHAPES[:10] if dataset == "shapes" else SHAPES[10:]
@@ -826,7 +829,7 @@ def load_data(dataset, split, config):
             data = datasets.ImageFolder(f"{dataset}/{split}", square)
         folders = {path.name for path in Path(dataset, "train").glob("*") if path.is_dir()}
         if len(data.classes) < 2 or folders not in (set(), set(data.classes)):
-            raise ValueError(f"train/ and test/ need two classes, the same: {sorted(folders)}")
+            raise ValueError(f"train/ and test/ differ, or one class: {sorted(folders)}")
         images, labels = zip(*DataLoader(data, 256))    # decoded once, kept in memory
     return TensorDataset(torch.cat(images), torch.cat(labels)), data.classes
 
@@ -898,16 +901,15 @@ def train_teacher(config, k, data):
 # ===== 9. A run: directory, resume, scores, main ==================================================
 def save(thing, path):
     """torch.save by way of a temporary file: a crash leaves the old file or the new, never half."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:                 # on a full disk torch.save(path) says less
+    with blamed(path), open(f"{path}.tmp", "wb") as file:
         torch.save(thing, file)
-    temporary.replace(path)
+    Path(f"{path}.tmp").replace(path)
 
 
-def save_network(model, path, arch, classes, image_size):
+def save_network(model, path, arch, classes, size):
     """A Normalized network and what it is, all on the CPU: a file for `load_network`."""
     weights = {k: v.cpu() for k, v in model.net.state_dict().items()}
-    save({"state_dict": weights, "arch": arch, "classes": classes, "image_size": image_size,
+    save({"state_dict": weights, "arch": arch, "classes": classes, "image_size": size,
           "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}, path)
 
 
@@ -915,7 +917,7 @@ def score(name, network, test, probe, config):
     """Top-1 accuracy and linear probe of a network, in percent: printed and returned."""
     top = top1(*collect(network.eval(), test, config.device))
     probed = linear_probe(lambda x: read(network, x)[1], *probe, config.device)
-    print(f"{name}: top-1 {top:.2f} %, linear probe on {config.probe_dataset} {probed:.2f} %")
+    print(f"{name}: top-1 {top:.2f} %, linear probe {probed:.2f} %")
     return {"top-1": top, "linear probe": probed}
 
 
@@ -923,7 +925,7 @@ def train_and_log(state, test, train):
     """Call `train` on a state, new or saved. After each cycle write last.pt and the log."""
     config, out = state.config, Path(state.config.out)
     last, log = out / "last.pt", out / "metrics.jsonl"
-    if log.exists():                                    # at least one cycle is over
+    if last.exists() or log.exists():                   # the run has begun
         with blamed(last):
             state.load_state_dict(torch.load(last, config.device, weights_only=True))
     save(state.state_dict(), last)                      # fails now, not in an hour, on a full disk
@@ -942,8 +944,6 @@ def train_and_log(state, test, train):
 def run(config, train=distill):
     """A whole run in the directory config.out. train: distill, or a loop like it."""
     if config.resume:
-        if config != Config(resume=config.resume):
-            raise ValueError("give --resume alone: it has settings")
         with blamed(path := Path(config.resume, "config.json")):
             config = Config(**json.loads(path.read_text()) | {"resume": config.resume})
     test, classes = load_data(config.dataset, "test", config)
@@ -967,7 +967,7 @@ def run(config, train=distill):
         student = Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
         state = State(teacher, student, config)
         scores = {"teacher": score("teacher", teacher, test, probe, config)}
-        print("if that is low: check --mean, --std, the stem (3x3, stride 1)")
+        print("low? check --mean, --std and the stem (3x3, stride 1)")
         scores["untrained"] = score("untrained", student, test, probe, config)
         train_and_log(state, test, train)
         utils.save_image(to_float(state.bank.images[-100:]), out / "samples.png", nrow=len(classes))
