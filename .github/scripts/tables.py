@@ -25,12 +25,9 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("ResNet-8, student without eq. 8", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "", "network, no run", "--student resnet8"),
     ("ResNet-8, by NAYER's code", None, "another project", ""),
-    ("*ResNet-56, teacher*", "real images", "network, no run", "--teacher resnet56"),
-    ("ResNet-20, student of it", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet56 --student resnet20 --cycles 115 --bf16"),
     ("*ResNet-34, teacher*", "real images", "network, no run", "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 24 --bf16 --lambda-fm 3 --generator-lr 1e-3"),
+     "--dataset cifar10 --teacher resnet34 --cycles 150 --bf16"),
     ("ResNet-18, not trained", "", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, the flag that leaves the part out
     ("features (eq. 8), with places", "--lambda-cae 0"), ("places alone", "--positions 0"),
