@@ -40,7 +40,7 @@ comparison, a cycle is 80 turns of one generator step and one student step:
     generator steps in a cycle     12                           80
     new images in a cycle          128, those of the last step  80 · 128, those of each step
     labels and noise are new       in each round                in each generator step
-    G's first layer, Adam          reset in each round          never reset
+    G's seed layer, Adam           reset in each round          never reset
     extra rounds at the beginning  4, as the bank is empty      none
     new share of the bank          1/6 in cycle 2, then less    about half
 
@@ -50,7 +50,7 @@ Notation   B batch size, K categories, images of H x H pixels, y (B,) their cate
            e (K, E) category embeddings; z = h(f_S) (B, D_T), h a linear layer that learns with S
 
 eq  what                               where                            source
- 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted; e, q_n, M_n are ours
+ 1  ê = e_y + M_n ⊙ q_n                CEND                             quoted; default e and q ours
  2  x̂ = G(ê), images in [0, 1]         Generator                        prior work (DAFL, NAYER)
  3  L_CE = CE(t(crops of x̂), y)        generator_step                   noted
  4  L_FM, feature matching             feature_matching_loss            noted; after DeepInversion
@@ -65,7 +65,7 @@ eq  what                               where                            source
 *Ours*, [our choice]: no source says it. Equation numbers are ours.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
-NAYER (2310.00258) gives the generator category embeddings, and resets its first layer.
+NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
 InfoNCE (1807.03748): a row has one right column and many wrong ones; cross-entropy of this choice.
 SupCon (2004.11362): InfoNCE in which all columns of the row's category are right.
 """
@@ -138,7 +138,7 @@ class Config:
     prior: str = "teacher"              # category embeddings: teacher, index or a (K, E) .npy file
     cend: bool = True                   # G gets category embedding plus noise; else noise alone
     magnitudes: tuple = (2.0, 2.0, 2.0, 2.0)    # M_n of the noise sources, eq. 1
-    generator_width: int = 64           # channels of its first layer; 128 is slow
+    generator_width: int = 64           # channels of its seed layer; 128 is slow
     decoupled: bool = True              # phases A and B; else single steps of G and S in turns
     synth_batch: int = 128              # images of a synthesis round
     synth_steps: int = 12               # generator steps of a round
@@ -277,19 +277,19 @@ def hooked(modules, hook):
 def read(model, x):
     """One forward pass -> logits (B, K), embedding (B, D), maps [(B, D_r, h_r, h_r), ...], head.
     The head is the nn.Linear whose output is that of the network. What enters it is the embedding.
-    ValueError if there is none. (Leave out a softmax or scale after it; write a 1x1 convolution as
-    an nn.Linear.) The maps are the last outputs of each resolution, from coarse to fine: of a
+    No head: ValueError. (Leave out a softmax or scale after it; write a 1x1 convolution as an
+    nn.Linear.) The maps are the last outputs of each resolution, from coarse to fine: of a
     ResNet-20, 64 x 8 x 8, 32 x 16 x 16, 16 x 32 x 32. To copy it, copy `hooked` as well."""
     calls, maps = [], {}
     def look(module, inputs, output):
         if isinstance(module, nn.Linear):
             calls.append((module, inputs[0], output))
-        # No maps: patches that a convolution cuts out of the image, attention after a softmax.
+        # Not maps: patches of a vision transformer, cut by a convolution, and its attention.
         cuts = isinstance(module, nn.Conv2d) and inputs[0].shape == x.shape
         no_map = cuts or isinstance(module, (nn.Dropout, nn.Softmax))
         if isinstance(output, Tensor) and output.ndim == 4 and not no_map:
             _, channels, height, width = output.shape
-            coarsest = min(maps, default=x.shape[2])    # so far; a finer map was upsampled
+            coarsest = min(maps, default=x.shape[2])    # so far; a finer map is upsampled
             if channels > 3 and 1 < height == width <= coarsest:
                 maps[height] = output
     with hooked(model.modules(), look):
@@ -311,8 +311,8 @@ class CEND(nn.Module):
     M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ... These
     families, the draw of n for each image, centring and scaling are [our choice]. Embeddings are
     centred, because those of a language model are almost parallel. K centred vectors span at most
-    r = min(K-1, E) directions, and we scale their mean squared length to r. With K = 10, E = 64 and
-    M = 2 an embedding has a length of 3, the noise one of 6 in these 9 directions, of 16 in all."""
+    r = min(K-1, E) directions, and we scale their mean squared length to r. For K = 10, E = 64,
+    M = 2: e_y has length 3. The noise has length 16; its part in these 9 directions has 6."""
     def __init__(self, category_embeddings, magnitudes=(2.0, 2.0, 2.0, 2.0)):
         super().__init__()
         e = category_embeddings.detach().float()
@@ -412,9 +412,9 @@ def feature_matching_loss(layers, inputs, eps=1e-4):
 def adversarial_loss(student_logits, teacher_logits):
     """Eq. 5: L_adv = -(1/B) Σ_i 1[argmax s_i = argmax t_i] KL(softmax(t_i) ‖ softmax(s_i)).
     (B, K), (B, K) -> scalar <= 0, since G is to make the KL large. 1[...] is 1 if that holds, else
-    0. Noted; the form is NAYER's. Gradients reach G through both networks. Once their categories
-    differ, the student can learn from the image already, and a further push could move it into
-    another category. So then it does not count, as in the third of these rows:
+    0. Noted; the form is NAYER's. Gradients reach G through both networks. If their categories
+    differ, S can already learn from the image. A further push could move the image to another
+    category. So the image counts 0, like row three here:
     >>> t = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
     >>> s = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> [f"{-adversarial_loss(s[i:i + 1], t[i:i + 1]):.3f}" for i in range(3)]      # the KL
@@ -448,7 +448,7 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
         student 1               -        right      wrong        image of the same category
         student 2             wrong      wrong      right
     Targets are centred, because after a ReLU no value is negative and all cosines would be high. To
-    leave out "-" is [our choice]; five pairs of runs of 8 cycles with and without hardly differ.
+    leave out "-" is [our choice]. It changed little in five pairs of runs of 8 cycles.
     With cosines of 1 for right, -0.5 for wrong and τ = 1 the third row costs most:
     >>> z = torch.tensor([[2.0, 0.0], [-1.0, 3 ** 0.5], [-1.0, -3 ** 0.5]])     # 120° apart
     >>> one_wrong, two_wrong = (math.log(1 + n * math.exp(-1.5)) for n in (1, 2))
@@ -583,7 +583,7 @@ def draw_embeddings(state):
 
 def generator_step(state, e_hat, labels):
     """One Adam step of G on eq. 6 -> the images made before it (B, 3, H, H), and loss terms. G is
-    in train mode. Teacher and student are in eval mode and get no gradients. A teacher that was
+    in train mode. T and S are in eval mode; gradients only pass through them. A teacher that was
     trained on crops with black padding has black borders in its statistics. So it sees such crops
     here; of whole images, G would have to draw the borders itself.                  [our choice]"""
     config, student = state.config, state.student.eval()
@@ -612,8 +612,8 @@ def synthesis_round(state):
         redrawn   labels, noise                new images of all categories
         reset     seed layer, Adam's moments   or G would repeat the last round's images (NAYER)
         kept      the other layers of G        they have learnt what images look like
-        held      labels, noise in the round   in a few steps G can learn to draw this one batch,
-                                               but not to draw for arbitrary noise  [our choice]
+        held      labels, noise in the round   a few steps teach G one batch, but not to draw for
+                                               arbitrary noise                      [our choice]
     All steps of a round see the same rows, so G can fit each row and ignore e_y. This may be why
     other category embeddings made no clear difference in our runs."""
     e_hat, labels = draw_embeddings(state)
@@ -644,7 +644,7 @@ def student_step(state):
     The L_CAE of eq. 10 is eq. 8 for whole images, plus eq. 8 for P random places of each image in
     each pair r of maps S_r, T_r of the two networks:
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
-    It has 1 + R terms, so λ_cae weighs more for networks of more resolutions: R is 3 for a
+    It has 1 + R terms, so λ_cae weighs more for pairs of more common resolutions: R is 3 for a
     ResNet-20, 4 for a ResNet-18. With B = 64 and P = 4 a term at places has N = 256 rows. The
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out. The student is in train mode,
