@@ -74,8 +74,9 @@ def network_rows(runs):
 
 def part_rows(runs):
     """The table of parts: the full method less the method without the part, paired by seed."""
-    def by_seed(flags):
-        return {r["seed"]: r for r in runs if r["script"] == "cae_dfkd.py" and r["flags"] == flags}
+    def by_seed(flags):                                 # a run that was stopped has no scores
+        rows = [r for r in runs if r["script"] == "cae_dfkd.py" and r["flags"] == flags]
+        return {r["seed"]: r for r in rows if r["photos"]}
     full = by_seed(LONG)
     lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
     for name, flag in PARTS:
