@@ -311,7 +311,7 @@ class Own(nn.Module):
 
 
 class Attention(nn.Module):
-    """Its softmax and dropout give (B, heads, 16, 16), and are no maps, though they look like it."""
+    """Its softmax and dropout give (B, heads, 16, 16), which look like maps and are none."""
     def __init__(self):
         super().__init__()
         self.softmax, self.dropout = nn.Softmax(-1), nn.Dropout(0.0)
@@ -654,7 +654,8 @@ def test_a_run_directory_is_complete_and_scored_alike_later(workdir, monkeypatch
     assert main("--eval-only runs/a/student.pt") == 0
     assert re.search(f"student: top-1 {top:.2f} %.* {probe:.2f} %", capsys.readouterr().out)
     monkeypatch.setattr(C, "score", lambda name, network, *rest: print(network.mean.sum()))
-    assert main("--eval-only runs/a/student.pt --mean 9 9 9") == 0 and "27" in capsys.readouterr().out
+    assert main("--eval-only runs/a/student.pt --mean 9 9 9") == 0
+    assert "27" in capsys.readouterr().out
     C.run(C.parse_args([*FAST, "--out", "runs/b", "--teacher-ckpt", "runs/a/teacher.pth"]))
     assert same(*(torch.load(f"runs/{x}/student.pt")["state_dict"] for x in "ab"))
 
@@ -749,9 +750,9 @@ WRONG = """--colour 3|--cycles 1.5|--cycles 0|--dataset nowhere|--dataset torn|-
 --prior nan.npy|--prior wrong.npy|--prior word|--probe-dataset nowhere|--probe-dataset differ
 --resume empty|--resume runs/none|--resume runs/a --cycles 30|--resume text.pth|--resume bad/key
 --resume bad/torn|--resume bad/range|--resume bad/last|--resume bad/gone|--student resnet99
---student-lr nan|--student-lr 1e400|--synth-steps 0|--teacher-ckpt absent.pth
---teacher-ckpt text.pth|--teacher-ckpt mean.pth|--teacher-ckpt nan.pth|--seed 1700000000000000000|--teacher-ckpt fine.pth --teacher resnet20
---teacher-ckpt runs/a/student.pt --dataset shapes-unseen|word|--eval-only=|--teacher-ckpt=|full"""
+--student-lr nan|--student-lr 1e400|--synth-steps 0|--teacher-ckpt absent.pth|word|--eval-only=
+--teacher-ckpt text.pth|--teacher-ckpt mean.pth|--teacher-ckpt nan.pth|--seed 1700000000000000000
+--teacher-ckpt fine.pth --teacher resnet20|--teacher-ckpt=|full"""
 
 
 @pytest.mark.parametrize("words", re.split(r"[|\n]", WRONG))
