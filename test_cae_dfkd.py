@@ -609,7 +609,6 @@ def logged(out):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A folder with a finished run, runs/a, and with what makes others fail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("work"))
         assert main("--eval-every 1 --out runs/a") == 0
