@@ -670,7 +670,7 @@ def student_step(state):
         for project, map_s, map_t in zip(state.map_projections, maps_s, maps_t):
             at_s = project(read_places(map_s, places).float())                      # (B P, D_r)
             at_t = read_places(map_t, places)                                       # (B P, D_r)
-            l_cae += category_aware_embedding_loss(at_s, at_t, labels_at)    # eq. 8, places
+            l_cae += category_aware_embedding_loss(at_s, at_t, labels_at)           # eq. 8, places
     if config.lambda_cncl:
         l_cncl = contrastive_loss(z, labels)                                        # eq. 9
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
@@ -701,7 +701,7 @@ def coupled_cycle(state):
 
 
 def print_cycle(state, metrics):
-    """A line for each cycle. kd and cae should fall from cycle to cycle, recognised stay high."""
+    """A line for each cycle. Over the first cycles kd and cae should fall."""
     print(", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), flush=True)
 
 
