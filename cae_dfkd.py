@@ -10,7 +10,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Test accuracy in % (± over three seeds)                     minutes     teacher student    untrained
+Test accuracy in %, by which settings were chosen           minutes     teacher student    untrained
     no flags (shapes; without eq. 5; one seed)              4, 2 cores  99.60   94.25      8.75
     --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 8.4
 
@@ -28,7 +28,7 @@ Training repeats a *cycle* of two phases. A network in capitals learns, the othe
 
 A, synthesis     label y ─> e_y + noise ─> GENERATOR ─> images ─> crops ─┬─> teacher ─> eq. 3, 4, 5
                               eq. 1          eq. 2        │              └─> student ─> eq. 5
-                                                          └─ those of the last step ─> memory bank
+                                                          └─ images of the last step ─> memory bank
 B, distillation  bank ─> random batch ─> recoloured crops ─┬─> teacher ─> targets of eq. 7, 8
                                                            └─> STUDENT ─> eq. 7, 8, 9
 
@@ -58,7 +58,7 @@ eq  what                               where                            source
  6  L_G = L_CE + λ_fm L_FM + λ_adv L_adv            generator_step      noted; weights are ours
  7  L_KD, knowledge distillation       kd_loss                          noted; form of Hinton et al.
  8  L_CAE, category-aware embedding    category_aware_embedding_loss    named in one note; form ours
- 9  L_CNCL, contrastive                contrastive_loss                 quoted, but pairs are ours
+ 9  L_CNCL, contrastive                contrastive_loss                 idea quoted; our pairs
 10  L_S = L_KD + λ_cae Σ L_CAE + λ_cncl L_CNCL      student_step        noted, but Σ L_CAE is ours:
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
@@ -117,7 +117,7 @@ class Config:
     chosen by test scores on CIFAR-10 [our choice]. SHAPES_PRESET is for the command line alone."""
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
-    probe_dataset: str = "shapes-unseen"    # data set of the linear probe: same values as dataset
+    probe_dataset: str = "shapes-unseen"    # data set of the linear probe, another or the same
     image_size: int = 32                # height and width in pixels
     cycles: int = 150                   # cycles of synthesis and distillation
     eval_every: int = 25                # cycles between two scores on the test split
@@ -641,8 +641,8 @@ def read_places(feature_map, places):
 
 def student_step(state):
     """One SGD step of student and projections on eq. 10, for a batch of the bank -> loss terms.
-    The L_CAE of eq. 10 is eq. 8 for whole images, plus eq. 8 for P random places of each image in
-    each pair r of maps S_r, T_r of the two networks:
+    Eq. 10 sums eq. 8 over whole images, and over P random places of each image in each pair r of
+    maps S_r, T_r of the two networks:
         L_CAE(h(f_S), f_T, y) + Σ_r L_CAE(h_r(S_r at places), T_r at places, y)
     It has 1 + R terms, so λ_cae weighs more for pairs of more common resolutions: R is 3 for a
     ResNet-20, 4 for a ResNet-18. With B = 64 and P = 4 a term at places has N = 256 rows. The
@@ -670,7 +670,7 @@ def student_step(state):
         for project, map_s, map_t in zip(state.map_projections, maps_s, maps_t):
             at_s = project(read_places(map_s, places).float())                      # (B P, D_r)
             at_t = read_places(map_t, places)                                       # (B P, D_r)
-            l_cae += category_aware_embedding_loss(at_s, at_t, labels_at)           # eq. 8, places
+            l_cae = l_cae + category_aware_embedding_loss(at_s, at_t, labels_at)    # eq. 8, places
     if config.lambda_cncl:
         l_cncl = contrastive_loss(z, labels)                                        # eq. 9
     loss = l_kd + config.lambda_cae * l_cae + config.lambda_cncl * l_cncl           # eq. 10
@@ -925,7 +925,7 @@ def train_and_log(state, test, train):
     """Call `train` on a state, new or saved. After each cycle write last.pt and the log."""
     config, out = state.config, Path(state.config.out)
     last, log = out / "last.pt", out / "metrics.jsonl"
-    if last.exists() or log.exists():                   # the run has begun
+    if last.exists() or log.exists():                   # begun; an error without last.pt
         with blamed(last):
             state.load_state_dict(torch.load(last, config.device, weights_only=True))
     save(state.state_dict(), last)                      # fails now, not in an hour, on a full disk
