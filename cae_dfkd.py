@@ -10,7 +10,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Test accuracy in %, by which settings were chosen           minutes     teacher student    untrained
+Test accuracy in % (settings chosen by it; ± over 3 seeds)  minutes     teacher student    untrained
     no flags (shapes; without eq. 5; one seed)              4, 2 cores  99.60   94.25      8.75
     --dataset cifar10 --student resnet20 --cycles 115 --bf16  41, 1 core  91.6  90.1 ± 0.7 8.4
 
