@@ -731,7 +731,7 @@ def test_help_names_every_field_and_settings_are_checked(capsys):
     assert text.count("(default: ") == len(fields)
     preset = C.SHAPES_PRESET | {"student_lr": 0.3, "student": "resnet8"}
     assert vars(C.parse_args(["--student-lr", "0.3"])).items() >= preset.items()    # typed: first
-    assert C.Config().cycles == 150             # in Python there is no preset
+    assert C.Config().cycles == 115             # in Python there is no preset
     big = C.parse_args("--dataset cifar10 --teacher resnet34 --no-cend".split())
     assert (big.student, big.cycles, big.cend) == ("resnet18", C.Config().cycles, False)
     for wrong in (dict(kd_temperature=0), dict(std=(1, 0, 1)), dict(cycles=0), dict(image_size=4),

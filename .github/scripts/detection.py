@@ -1,12 +1,12 @@
 """Detection probe: how well the frozen feature maps of networks find objects, in AP50.
 
     python .github/scripts/detection.py [ARCH=]FILE ... [--data scenes|voc2007|FOLDER|photos:FOLDER]
-        [--size 224] [--device cpu] [--picture detection.png] [--debug]
+        [--size 224] [--device cpu] [--debug]
 
 FILE is a student.pt, which says what network it is. Any other checkpoint needs ARCH= before it, a
 network that cae_dfkd.py knows, as in resnet20=resnet20.th. Images are normalised as the file says,
 else as for ImageNet. Prints one table; an untrained network of the first file's architecture and
-normalisation stands beside the others. --picture: the best guesses, a row for each network.
+normalisation stands beside the others.
 
 --data scenes           600 drawn images of 96 x 96 pixels to learn from, 300 to score (default);
                         their shapes are others than those of cae_dfkd.py
@@ -28,10 +28,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torchvision import datasets, ops
-from torchvision.transforms.functional import pil_to_tensor, resize
+from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cae_dfkd as C
@@ -361,7 +360,7 @@ def load_detection(data, size=224):
     return *splits, names
 
 
-# ===== 4. Networks, picture, main =================================================================
+# ===== 4. Networks, main ==========================================================================
 def load_network(word):
     """[ARCH=]FILE -> frozen network that takes images in [0, 1], file, architecture."""
     arch, path = re.fullmatch(r"(?:(\w+)=)?(.+)", word).groups()
@@ -379,33 +378,14 @@ def load_networks(words):
     return [*((path, network) for network, path, _ in loaded), (f"untrained {arch}", untrained)]
 
 
-def save_detections(scenes, found, path, columns=8):
-    """A row for each network: the first images with its best guesses, of a score above 0.5."""
-    colours = "yellow", "red", "cyan", "magenta", "lime", "white", "orange", "blue"
-    tiles = []
-    for detections in found:
-        for (image, _), (boxes, labels, scores) in list(zip(scenes, detections))[:columns]:
-            best = ops.nms(boxes, scores, 0.1)          # of all categories
-            best = best[scores[best] > 0.5]
-            if len(best):
-                chosen = [colours[label % len(colours)] for label in labels[best].tolist()]
-                image = torchvision.utils.draw_bounding_boxes(image, boxes[best], colors=chosen)
-            tiles.append(resize(image, [192, 192]) / 255)
-    torchvision.utils.save_image(torch.stack(tiles), path, nrow=min(columns, len(scenes)))
-
-
 def run(args):
-    """Scores all networks: prints the table and, if asked to, saves the picture."""
+    """Scores all networks and prints the table."""
     networks = load_networks(args.files)
     train, test, names = load_detection(args.data, args.size)
-    found = []
     print(f"| network | AP50 on {args.data} |\n|---|---|")
     for name, network in networks:
         probe = detection_probe(network.to(args.device), train, test, args.device, names)
-        found.append(probe["detections"])
         print(f"| {name} | {probe['ap50']:.2f} |", flush=True)
-    if args.picture:
-        save_detections(test, found, args.picture)
 
 
 def exit_code(run, args):
@@ -429,7 +409,6 @@ def main(argv=None):
     parser.add_argument("--data", default="scenes")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture")
     parser.add_argument("--debug", action="store_true")
     return exit_code(run, parser.parse_args(argv))
 

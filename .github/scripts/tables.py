@@ -18,21 +18,27 @@ SCORES = "accuracy_1017", "accuracy_6102", "clothing", "scenes", "photos"
 LONG = "--dataset cifar10 --cycles 115 --bf16"
 NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
-    ("**ResNet-20, student**", None, "cae_dfkd.py",
+    ("**ResNet-20, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --student resnet20 --cycles 115 --bf16"),
-    ("ResNet-20, not trained", "", "network, no run", "--student resnet20"),
-    ("ResNet-8, student", None, "cae_dfkd.py", LONG),
+    ("ResNet-20, student without eq. 8", None, "cae_dfkd.py",
+     "--dataset cifar10 --student resnet20 --cycles 115 --bf16 --lambda-cae 0"),
+    ("ResNet-20, not trained", "none", "network, no run", "--student resnet20"),
+    ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without eq. 8", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
-    ("ResNet-8, not trained", "", "network, no run", "--student resnet8"),
-    ("ResNet-8, by NAYER's code", None, "another project", ""),
+    ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
     ("*ResNet-34, teacher*", "real images", "network, no run", "--teacher resnet34"),
+    ("**ResNet-18, student of it**", None, "cae_dfkd.py",
+     "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
     ("ResNet-18, student of it, 10 cycles", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16")]
+     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
+    ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, the flag that leaves the part out
     ("features (eq. 8), with places", "--lambda-cae 0"), ("places alone", "--positions 0"),
     ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
     ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
     ("contrast (eq. 9)", "--lambda-cncl 0")]
+PART_SCORES = {"accuracy_6102": "CIFAR-10", "clothing": "clothing", "scenes": "scenes",
+               "photos": "photos"}
 
 
 def read_runs():
@@ -62,32 +68,65 @@ def network_rows(runs):
             continue
         if training is None:
             minutes = statistics.mean(float(r["seconds"]) for r in scored) / 60
-            cores = {"1": "1 core", "2": "2 cores"}[scored[0]["threads"]]
             plural = "s" * (len(scored) > 1)
-            training = f"{minutes:.0f} min, {cores}, {len(scored)} run{plural}"
+            training = f"{minutes:.0f} min, {len(scored)} run{plural}"
         cells = [spread([float(r[s]) for r in scored if r[s]])
                  for s in ("accuracy_1017", "clothing", "scenes", "photos")]
         lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
     return lines
 
 
+def by_seed(runs, flags):
+    """{seed: its runs with these flags}. A run that was stopped has no scores and is left out."""
+    rows = [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
+    return {r["seed"]: [s for s in rows if s["seed"] == r["seed"]] for r in rows}
+
+
+def verdict(differences):
+    """The scores whose mean difference is over two standard deviations, of three pairs or more."""
+    if min(map(len, differences.values())) < 3:
+        return "too few pairs to say"
+    words = {"helps": [], "harms": []}
+    for name, values in differences.items():
+        if abs(statistics.mean(values)) > 2 * statistics.stdev(values):     # so all have one sign
+            words["helps" if values[0] > 0 else "harms"].append(name)
+    if len(words["helps"]) == len(differences):
+        return "helps all four"
+    clauses = [f"{verb} {', '.join(names)}" for verb, names in words.items() if names]
+    return "; ".join(clauses) or "no clear effect"
+
+
+def part_row(name, differences, words):
+    pairs = len(next(iter(differences.values())))
+    cells = [spread(values, signed=True) for values in differences.values()]
+    return " | ".join([f"| {name}", str(pairs), *cells, words]) + " |"
+
+
 def part_rows(runs):
-    """The table of parts: the full method less the method without the part, paired by seed."""
-    def by_seed(flags):                                 # a run that was stopped has no scores
-        rows = [r for r in runs if r["script"] == "cae_dfkd.py" and r["flags"] == flags]
-        return {r["seed"]: r for r in rows if r["photos"]}
-    full = by_seed(LONG)
-    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
+    """The table of parts: the full method less the method without the part, paired by seed.
+
+    Where a seed of the full method ran twice, its mean counts. The last row is chance: the second
+    of these runs less the first.
+    """
+    full = by_seed(runs, LONG)
+    lines = [f"| part | pairs | {' | '.join(PART_SCORES.values())} | in words |",
+             "|---|---|---|---|---|---|---|"]
     for name, flag in PARTS:
-        without = by_seed(f"{LONG} {flag}")
+        without = by_seed(runs, f"{LONG} {flag}")
         seeds = sorted(full.keys() & without.keys())
         if not seeds:
             continue
-        cells = []
-        for s in ("accuracy_6102", "clothing", "scenes", "photos"):
-            added = [float(full[seed][s]) - float(without[seed][s]) for seed in seeds]
-            cells.append(spread(added, signed=True))
-        lines.append(" | ".join([f"| {name}", str(len(seeds)), *cells]) + " |")
+        differences = {}
+        for score, title in PART_SCORES.items():
+            means = [[statistics.mean(float(r[score]) for r in group[seed]) for seed in seeds]
+                     for group in (full, without)]
+            differences[title] = [a - b for a, b in zip(*means)]
+        lines.append(part_row(name, differences, verdict(differences)))
+    twice = [rows for rows in full.values() if len(rows) > 1]
+    if twice:
+        chance = {title: [float(rows[1][score]) - float(rows[0][score]) for rows in twice]
+                  for score, title in PART_SCORES.items()}
+        lines.append(part_row("*chance: the same seeds again*", chance, ""))
     return lines
 
 

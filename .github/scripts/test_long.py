@@ -127,15 +127,32 @@ def test_readme_keeps_its_promises(tmp_path, monkeypatch):
     assert tables.main(["--check"]) == 0
     C.save_network(C.Normalized(C.build_model("resnet8", 10), *C.IMAGENET), Path("student.pt"),
                    "resnet8", list("abcdefghij"), 32)
-    for text in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(text.replace("runs/NAME/", ""), "README.md", "exec"), {})
+    for text in re.findall(r"```python\n(.*?)```|`(import [^`]*)`", README, re.S):
+        exec("".join(text).replace("runs/NAME/", ""), {})
 
 
 def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys):
     (tmp_path / ".github").mkdir()
     (tmp_path / ".github/runs.csv").write_text((HERE / ".github/runs.csv").read_text())
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    for old, new, code in (("", "", 0), ("| 90.1 ± 0.7 |", "| 90.2 ± 0.7 |", 1)):
+    for old, new, code in (("", "", 0), ("| 90.1 ± 0.6 |", "| 90.2 ± 0.6 |", 1)):
         (tmp_path / "README.md").write_text(README.replace(old, new))
         assert tables.main(["--check"]) == code
     assert "90.2" in capsys.readouterr().out
+
+
+def test_parts_are_compared_by_seed_and_judged_by_their_spread():
+    def runs(flags, *values):
+        row = {"script": "cae_dfkd.py", "flags": flags}
+        return [row | {"seed": str(seed)} | dict.fromkeys(tables.PART_SCORES, str(value))
+                for seed, value in enumerate(values)]
+    full = runs(tables.LONG, 50, 60, 70) + runs(tables.LONG, 54)        # seed 0 twice: its mean
+    steady = runs(f"{tables.LONG} --lambda-cae 0", 50, 59, 67)
+    noisy = runs(f"{tables.LONG} --lambda-fm 0", 51, 50, 61)
+    single = runs(f"{tables.LONG} --no-cend", 60)
+    _, _, *rows = tables.part_rows(full + steady + noisy + single)
+    assert [row.split(" | ")[1:3] + row.split(" | ")[-1:] for row in rows] == [
+        ["3", "+2.0 ± 1.0", "no clear effect |"], ["3", "+6.7 ± 4.9", "no clear effect |"],
+        ["1", "−8.0", "too few pairs to say |"], ["1", "+4.0", " |"]]
+    assert tables.verdict({"a": [2, 2.5, 3], "b": [-2, -2.5, -3]}) == "helps a; harms b"
+    assert tables.verdict(dict.fromkeys("abcd", [2, 2.5, 3])) == "helps all four"

@@ -296,8 +296,8 @@ def test_voc_layout_and_the_command_line(tmp_path, monkeypatch, capsys):
     torch.save(net.state_dict(), "bare.pth")
     student = C.Normalized(net, *C.IMAGENET)
     C.save_network(student, Path("student.pt"), "resnet8", list("abcd"), 32)
-    words = ["student.pt", "resnet8=bare.pth", "--data", ".", "--size", "32", "--picture", "p.png"]
-    assert D.main(words) == 0 and Image.open("p.png").size[1] > 3 * 192
+    words = ["student.pt", "resnet8=bare.pth", "--data", ".", "--size", "32"]
+    assert D.main(words) == 0
     rows = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [name for name, _ in rows] == ["student.pt", "bare.pth", "untrained resnet8"]
     for wrong in (["bare.pth"], ["student.pt", "--data", "photos:."], ["none.pt"]):

@@ -1,0 +1,110 @@
+"""The README's three pictures, in .github/assets. Needs matplotlib, which nothing else here does.
+
+    python .github/scripts/pictures.py RUN [ARCH=]TEACHER
+
+RUN is the directory of a run, with student.pt and last.pt. curves.png needs neither of them: it
+shows the accuracies of .github/runs.csv.
+"""
+# SPDX-License-Identifier: MIT
+import io
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from torchvision import ops
+
+import detection
+import tables
+
+ASSETS = tables.ROOT / ".github/assets"
+COLOURS = dict(zip(detection.SHAPES, ("yellow", "red", "cyan", "magenta", "lime", "white")))
+CURVES = [      # colour, student and its flags in runs.csv, teacher and its flags
+    ("C0", "ResNet-20 student", "--dataset cifar10 --student resnet20 --cycles 115 --bf16",
+     "its teacher, ResNet-20", "--teacher resnet20"),
+    ("C1", "ResNet-18 student", "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16",
+     "its teacher, ResNet-34", "--teacher resnet34")]
+
+
+def save(figure, name):
+    """Writes a figure with 256 colours, which makes the file a third as large."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+    Image.open(file).convert("RGB").quantize(256).save(ASSETS / name, optimize=True)
+
+
+def draw_boxes(axes, target, detections):
+    """True boxes dashed, and the guesses of a score above 0.5 with their categories."""
+    names = list(COLOURS)
+    for left, top, right, bottom in target["boxes"].tolist():
+        for colour, style in (("black", "-"), ("white", "--")):
+            axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False,
+                                         edgecolor=colour, linestyle=style, linewidth=1))
+    boxes, labels, scores = detections
+    best = ops.nms(boxes, scores, 0.1)                  # of all categories
+    for i in best[scores[best] > 0.5].tolist():
+        left, top, right, bottom = boxes[i].tolist()
+        name = names[labels[i]]
+        axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False,
+                                     edgecolor=COLOURS[name], linewidth=2.5))
+        axes.text(max(left, 1), max(top, 9), name, fontsize=9, verticalalignment="bottom",
+                  bbox=dict(facecolor=COLOURS[name], edgecolor="none", pad=1))
+
+
+def draw_detections(student, teacher, columns=5):
+    """The first scenes of the test split, a row for each network."""
+    networks = [network for _, network in detection.load_networks([student, teacher])]
+    train, test, names = detection.load_detection("scenes")
+    figure, grid = plt.subplots(3, columns, figsize=(10, 6.2), layout="constrained")
+    for row, title, network in zip(grid, ("student", "teacher", "not trained"), networks):
+        probe = detection.detection_probe(network, train, test, categories=names)
+        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}", fontsize=13)
+        for axes, (image, target), found in zip(row, test, probe["detections"]):
+            axes.imshow(image.permute(1, 2, 0), extent=(0, 96, 96, 0))
+            axes.set(xticks=[], yticks=[])
+            draw_boxes(axes, target, found)
+    save(figure, "detection.png")
+
+
+def draw_samples(run, columns=14):
+    """The last images that a run made up, a row for each category."""
+    images, labels = torch.load(run / "last.pt", weights_only=True)["bank"]
+    classes = torch.load(run / "student.pt", weights_only=True)["classes"]
+    figure, grid = plt.subplots(len(classes), columns, figsize=(8.9, 5.4))
+    figure.subplots_adjust(0.12, 0.01, 0.99, 0.99, 0.05, 0.05)
+    for label, (row, name) in enumerate(zip(grid, classes)):
+        row[0].set_ylabel(name, fontsize=11, rotation=0, ha="right", va="center")
+        for axes, image in zip(row, images[labels == label][-columns:]):
+            axes.imshow(image.permute(1, 2, 0))
+            axes.set(xticks=[], yticks=[])
+    save(figure, "samples.png")
+
+
+def draw_curves():
+    """Accuracy by cycle of all runs of two pairs, beside their teachers."""
+    runs = tables.read_runs()
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for colour, student, flags, teacher, teacher_flags in CURVES:
+        for run in runs:
+            curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
+            if run["flags"] == flags and curve:
+                last = [(run["cycles"], run["accuracy_1017"])] if run["accuracy_1017"] else []
+                cycles, accuracies = zip(*((int(c), float(a)) for c, a in curve + last))
+                axes.plot(cycles, accuracies, color=colour, marker=".", label=student)
+                student = None                          # one label for all its runs
+            if run["script"] == "network, no run" and run["flags"] == teacher_flags:
+                level = float(run["accuracy_1017"])
+                axes.axhline(level, color=colour, linestyle="--", label=teacher)
+    axes.set(xlabel="cycle", ylabel="accuracy on 1,017 images, %")
+    axes.legend(loc="lower right")
+    save(figure, "curves.png")
+
+
+if __name__ == "__main__":
+    run, teacher = Path(sys.argv[1]), sys.argv[2]
+    draw_curves()
+    draw_samples(run)
+    draw_detections(str(run / "student.pt"), teacher)
