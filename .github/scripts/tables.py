@@ -33,7 +33,7 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, the flag that leaves the part out
-    ("features (eq. 8), with places", "--lambda-cae 0"), ("places alone", "--positions 0"),
+    ("features (eq. 8), with places", "--lambda-cae 0"), ("of these, places", "--positions 0"),
     ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
     ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
     ("contrast (eq. 9)", "--lambda-cncl 0")]
@@ -83,17 +83,16 @@ def by_seed(runs, flags):
 
 
 def verdict(differences):
-    """The scores whose mean difference is over two standard deviations, of three pairs or more."""
+    """Which scores are higher with the part, or lower, in each of at least three pairs."""
     if min(map(len, differences.values())) < 3:
         return "too few pairs to say"
-    words = {"helps": [], "harms": []}
-    for name, values in differences.items():
-        if abs(statistics.mean(values)) > 2 * statistics.stdev(values):     # so all have one sign
-            words["helps" if values[0] > 0 else "harms"].append(name)
-    if len(words["helps"]) == len(differences):
-        return "helps all four"
-    clauses = [f"{verb} {', '.join(names)}" for verb, names in words.items() if names]
-    return "; ".join(clauses) or "no clear effect"
+    higher = [name for name, values in differences.items() if min(values) > 0]
+    lower = [name for name, values in differences.items() if max(values) < 0]
+    if len(higher) == len(differences):
+        return "higher: all"
+    words = [f"{word}: {', '.join(names)}" for word, names in (("higher", higher), ("lower", lower))
+             if names]
+    return "; ".join(words) or "none"
 
 
 def part_row(name, differences, words):
@@ -109,7 +108,7 @@ def part_rows(runs):
     of these runs less the first.
     """
     full = by_seed(runs, LONG)
-    lines = [f"| part | pairs | {' | '.join(PART_SCORES.values())} | in words |",
+    lines = [f"| part | pairs | {' | '.join(PART_SCORES.values())} | in all pairs |",
              "|---|---|---|---|---|---|---|"]
     for name, flag in PARTS:
         without = by_seed(runs, f"{LONG} {flag}")

@@ -141,7 +141,7 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
     assert "90.2" in capsys.readouterr().out
 
 
-def test_parts_are_compared_by_seed_and_judged_by_their_spread():
+def test_parts_are_compared_by_seed_and_judged_by_their_signs():
     def runs(flags, *values):
         row = {"script": "cae_dfkd.py", "flags": flags}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.PART_SCORES, str(value))
@@ -152,7 +152,7 @@ def test_parts_are_compared_by_seed_and_judged_by_their_spread():
     single = runs(f"{tables.LONG} --no-cend", 60)
     _, _, *rows = tables.part_rows(full + steady + noisy + single)
     assert [row.split(" | ")[1:3] + row.split(" | ")[-1:] for row in rows] == [
-        ["3", "+2.0 ± 1.0", "no clear effect |"], ["3", "+6.7 ± 4.9", "no clear effect |"],
+        ["3", "+2.0 ± 1.0", "higher: all |"], ["3", "+6.7 ± 4.9", "higher: all |"],
         ["1", "−8.0", "too few pairs to say |"], ["1", "+4.0", " |"]]
-    assert tables.verdict({"a": [2, 2.5, 3], "b": [-2, -2.5, -3]}) == "helps a; harms b"
-    assert tables.verdict(dict.fromkeys("abcd", [2, 2.5, 3])) == "helps all four"
+    assert tables.verdict({"a": [2, 1, 3], "b": [-2, 1, 2], "c": [-1, -2, -3]}) == (
+        "higher: a; lower: c")
