@@ -50,15 +50,15 @@ def draw_boxes(axes, target, detections):
         name = names[labels[i]]
         axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False,
                                      edgecolor=COLOURS[name], linewidth=2.5))
-        axes.text(max(left, 1), max(top, 9), name, fontsize=9, verticalalignment="bottom",
+        axes.text(max(left, 1), max(top, 11), name, fontsize=11, verticalalignment="bottom",
                   bbox=dict(facecolor=COLOURS[name], edgecolor="none", pad=1))
 
 
-def draw_detections(student, teacher, columns=5):
+def draw_detections(student, teacher, columns=3):
     """The first scenes of the test split, a row for each network."""
     networks = [network for _, network in detection.load_networks([student, teacher])]
     train, test, names = detection.load_detection("scenes")
-    figure, grid = plt.subplots(3, columns, figsize=(10, 6.2), layout="constrained")
+    figure, grid = plt.subplots(3, columns, figsize=(6.4, 6.2), layout="constrained")
     for row, title, network in zip(grid, ("student", "teacher", "not trained"), networks):
         probe = detection.detection_probe(network, train, test, categories=names)
         row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}", fontsize=13)
@@ -86,7 +86,7 @@ def draw_samples(run, columns=14):
 def draw_curves():
     """Accuracy by cycle of all runs of two pairs, beside their teachers."""
     runs = tables.read_runs()
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.6, 6.2), layout="constrained")
     for colour, student, flags, teacher, teacher_flags in CURVES:
         for run in runs:
             curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
@@ -98,8 +98,9 @@ def draw_curves():
             if run["script"] == "network, no run" and run["flags"] == teacher_flags:
                 level = float(run["accuracy_1017"])
                 axes.axhline(level, color=colour, linestyle="--", label=teacher)
-    axes.set(xlabel="cycle", ylabel="accuracy on 1,017 images, %")
-    axes.legend(loc="lower right")
+    axes.set_xlabel("cycle", fontsize=13)
+    axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
+    axes.legend(loc="lower right", fontsize=13)
     save(figure, "curves.png")
 
 
