@@ -1,9 +1,9 @@
 """The README's three pictures, in .github/assets. Needs matplotlib, which nothing else here does.
 
-    python .github/scripts/pictures.py RUN [ARCH=]TEACHER
+    python .github/scripts/pictures.py [RUN [ARCH=]TEACHER]
 
-RUN is the directory of a run, with student.pt and last.pt. curves.png needs neither of them: it
-shows the accuracies of .github/runs.csv.
+RUN is the directory of a run, with student.pt and last.pt. Without arguments only curves.png is
+drawn, which shows the accuracies of .github/runs.csv.
 """
 # SPDX-License-Identifier: MIT
 import io
@@ -105,7 +105,8 @@ def draw_curves():
 
 
 if __name__ == "__main__":
-    run, teacher = Path(sys.argv[1]), sys.argv[2]
     draw_curves()
-    draw_samples(run)
-    draw_detections(str(run / "student.pt"), teacher)
+    if sys.argv[1:]:
+        run, teacher = Path(sys.argv[1]), sys.argv[2]
+        draw_samples(run)
+        draw_detections(str(run / "student.pt"), teacher)

@@ -37,7 +37,7 @@ PARTS = [       # what stands in the README, the flag that leaves the part out
     ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
     ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
     ("contrast (eq. 9)", "--lambda-cncl 0")]
-PART_SCORES = {"accuracy_6102": "CIFAR-10", "clothing": "clothing", "scenes": "scenes",
+PART_SCORES = {"accuracy_1017": "CIFAR-10", "clothing": "clothing", "scenes": "scenes",
                "photos": "photos"}
 
 
