@@ -82,23 +82,10 @@ def by_seed(runs, flags):
     return {r["seed"]: [s for s in rows if s["seed"] == r["seed"]] for r in rows}
 
 
-def verdict(differences):
-    """Which scores are higher with the part, or lower, in each of at least three pairs."""
-    if min(map(len, differences.values())) < 3:
-        return "too few pairs to say"
-    higher = [name for name, values in differences.items() if min(values) > 0]
-    lower = [name for name, values in differences.items() if max(values) < 0]
-    if len(higher) == len(differences):
-        return "higher: all"
-    words = [f"{word}: {', '.join(names)}" for word, names in (("higher", higher), ("lower", lower))
-             if names]
-    return "; ".join(words) or "none"
-
-
-def part_row(name, differences, words):
+def part_row(name, differences):
     pairs = len(next(iter(differences.values())))
     cells = [spread(values, signed=True) for values in differences.values()]
-    return " | ".join([f"| {name}", str(pairs), *cells, words]) + " |"
+    return " | ".join([f"| {name}", str(pairs), *cells]) + " |"
 
 
 def part_rows(runs):
@@ -108,8 +95,8 @@ def part_rows(runs):
     of these runs less the first.
     """
     full = by_seed(runs, LONG)
-    lines = [f"| part | pairs | {' | '.join(PART_SCORES.values())} | in all pairs |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [f"| part | pairs | {' | '.join(PART_SCORES.values())} |",
+             "|---|---|---|---|---|---|"]
     for name, flag in PARTS:
         without = by_seed(runs, f"{LONG} {flag}")
         seeds = sorted(full.keys() & without.keys())
@@ -120,12 +107,12 @@ def part_rows(runs):
             means = [[statistics.mean(float(r[score]) for r in group[seed]) for seed in seeds]
                      for group in (full, without)]
             differences[title] = [a - b for a, b in zip(*means)]
-        lines.append(part_row(name, differences, verdict(differences)))
+        lines.append(part_row(name, differences))
     twice = [rows for rows in full.values() if len(rows) > 1]
     if twice:
         chance = {title: [float(rows[1][score]) - float(rows[0][score]) for rows in twice]
                   for score, title in PART_SCORES.items()}
-        lines.append(part_row("*chance: the same seeds again*", chance, ""))
+        lines.append(part_row("*chance: the same seeds again*", chance))
     return lines
 
 

@@ -141,7 +141,7 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
     assert "90.2" in capsys.readouterr().out
 
 
-def test_parts_are_compared_by_seed_and_judged_by_their_signs():
+def test_parts_are_compared_by_seed():
     def runs(flags, *values):
         row = {"script": "cae_dfkd.py", "flags": flags}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.PART_SCORES, str(value))
@@ -151,8 +151,5 @@ def test_parts_are_compared_by_seed_and_judged_by_their_signs():
     noisy = runs(f"{tables.LONG} --lambda-fm 0", 51, 50, 61)
     single = runs(f"{tables.LONG} --no-cend", 60)
     _, _, *rows = tables.part_rows(full + steady + noisy + single)
-    assert [row.split(" | ")[1:3] + row.split(" | ")[-1:] for row in rows] == [
-        ["3", "+2.0 ± 1.0", "higher: all |"], ["3", "+6.7 ± 4.9", "higher: all |"],
-        ["1", "−8.0", "too few pairs to say |"], ["1", "+4.0", " |"]]
-    assert tables.verdict({"a": [2, 1, 3], "b": [-2, 1, 2], "c": [-1, -2, -3]}) == (
-        "higher: a; lower: c")
+    assert [row.split(" | ")[1:3] for row in rows] == [
+        ["3", "+2.0 ± 1.0"], ["3", "+6.7 ± 4.9"], ["1", "−8.0"], ["1", "+4.0"]]
