@@ -2,8 +2,8 @@ r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware e
 
 A trained classifier, the *teacher*, trains a new network, the *student*, without one real image. A
 third network, the *generator*, makes up the images. Paper: CAE-DFKD, arXiv 2504.21478, DAC 2025. We
-had its abstract, its first page, a review that quotes eq. 1, and notes by other people. We found
-neither the full text nor official code. Needs Python 3.10, torch 2.6 or newer.
+had its abstract, the beginning of its introduction, a review that quotes eq. 1, and notes by other
+people. We found neither the full text nor official code. Needs Python 3.10, torch 2.6 or newer.
 
     python cae_dfkd.py                                         # drawn shapes, minutes on a CPU
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # downloads teacher and test images
@@ -61,7 +61,7 @@ eq  what                               where                            source
  9  L_CNCL, contrastive                contrastive_loss                 idea quoted; our pairs
 10  L_S = L_KD + λ_cae Σ L_CAE + λ_cncl L_CNCL      student_step        noted, but Σ L_CAE is ours:
                                                                         of images, of places in maps
-*Quoted*: the abstract, the first page or the review says it. *Noted*: only notes by others say it.
+*Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.

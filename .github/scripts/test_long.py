@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE / ".github/scripts")]
 import cae_dfkd as C
 import tables
 
+REAL = Path(os.environ.get("CAE_DFKD_DATA", HERE.parent / "shared" / "data"))
 SOURCE, README = (HERE / "cae_dfkd.py").read_text(), (HERE / "README.md").read_text()
 
 
@@ -124,11 +125,20 @@ def test_readme_keeps_its_promises(tmp_path, monkeypatch):
     for _, name, line in rows:
         assert re.match(rf"(def|class) {name}\b", SOURCE.splitlines()[int(line) - 1]), name
     assert all((HERE / link).exists() for link in re.findall(r"\]\((?!http)([^)#]+)", README))
+    assert all((HERE / name).exists() for name in re.findall(r"\.github/assets/[\w.]+", README))
     assert tables.main(["--check"]) == 0
     C.save_network(C.Normalized(C.build_model("resnet8", 10), *C.IMAGENET), Path("student.pt"),
                    "resnet8", list("abcdefghij"), 32)
     for text in re.findall(r"```python\n(.*?)```|`(import [^`]*)`", README, re.S):
         exec("".join(text).replace("runs/NAME/", ""), {})
+
+
+@pytest.mark.skipif(not (REAL / "cifar10").exists(), reason=f"no real images in {REAL}")
+def test_the_student_in_the_repo_is_that_of_the_readme():
+    student = C.load_network(HERE / ".github/assets/resnet20_cifar10.pt")
+    data, classes = C.load_data(str(REAL / "cifar10"), "test", C.Config(device="cpu"))
+    accuracy = C.top1(*C.collect(student, data))        # without gradients, on the CPU
+    assert len(data) == 1017 and len(classes) == 10 and abs(accuracy - 90.07) < 0.2
 
 
 def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys):
@@ -144,7 +154,7 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
 def test_parts_are_compared_by_seed():
     def runs(flags, *values):
         row = {"script": "cae_dfkd.py", "flags": flags}
-        return [row | {"seed": str(seed)} | dict.fromkeys(tables.PART_SCORES, str(value))
+        return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
     full = runs(tables.LONG, 50, 60, 70) + runs(tables.LONG, 54)        # seed 0 twice: its mean
     steady = runs(f"{tables.LONG} --lambda-cae 0", 50, 59, 67)
