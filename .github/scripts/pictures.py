@@ -20,7 +20,6 @@ import detection
 import tables
 
 ASSETS = tables.ROOT / ".github/assets"
-COLOURS = dict(zip(detection.SHAPES, ("yellow", "red", "cyan", "magenta", "lime", "white")))
 CURVES = [      # colour, student and its flags in runs.csv, teacher and its flags
     ("C0", "ResNet-20 student", "--dataset cifar10 --student resnet20 --cycles 115 --bf16",
      "its teacher, ResNet-20", "--teacher resnet20"),
@@ -36,36 +35,65 @@ def save(figure, name):
     Image.open(file).convert("RGB").quantize(256).save(ASSETS / name, optimize=True)
 
 
-def draw_boxes(axes, target, detections):
-    """True boxes dashed, and the guesses of a score above 0.5 with their categories."""
-    names = list(COLOURS)
-    for left, top, right, bottom in target["boxes"].tolist():
+def right_ones(detections, target):
+    """Which detections, best first, are right: their category, and half of the union is shared."""
+    boxes, labels, _ = detections
+    free = torch.ones(len(target["boxes"]), dtype=torch.bool)           # true boxes not yet found
+    right = []
+    for box, label in zip(boxes, labels):
+        overlap = ops.box_iou(box[None], target["boxes"])[0] * free * (target["labels"] == label)
+        right.append(len(free) > 0 and overlap.max().item() >= 0.5)
+        if right[-1]:
+            free[overlap.argmax()] = False
+    return right
+
+
+def draw_boxes(axes, target, detections, right, names):
+    """True boxes dashed, guesses in lime if they are right, else in red."""
+    for left, top, right_side, bottom in target["boxes"].tolist():
         for colour, style in (("black", "-"), ("white", "--")):
-            axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False,
+            axes.add_patch(plt.Rectangle((left, top), right_side - left, bottom - top, fill=False,
                                          edgecolor=colour, linestyle=style, linewidth=1))
-    boxes, labels, scores = detections
-    best = ops.nms(boxes, scores, 0.1)                  # of all categories
-    for i in best[scores[best] > 0.5].tolist():
-        left, top, right, bottom = boxes[i].tolist()
-        name = names[labels[i]]
-        axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False,
-                                     edgecolor=COLOURS[name], linewidth=2.5))
-        axes.text(max(left, 1), max(top, 11), name, fontsize=11, verticalalignment="bottom",
-                  bbox=dict(facecolor=COLOURS[name], edgecolor="none", pad=1))
+    for box, label, is_right in zip(*detections[:2], right):
+        left, top, right_side, bottom = box.tolist()
+        colour, mark = ("lime", "✓") if is_right else ("red", "✗")
+        axes.add_patch(plt.Rectangle((left, top), right_side - left, bottom - top, fill=False,
+                                     edgecolor=colour, linewidth=2))
+        axes.text(max(left, 1), max(top, 11), f"{mark} {names[label]}", fontsize=9,
+                  verticalalignment="bottom",
+                  bbox=dict(facecolor=colour, edgecolor="none", pad=1))
 
 
-def draw_detections(student, teacher, columns=3):
-    """The first scenes of the test split, a row for each network."""
+def surest(detections, n):
+    """Of the detections in all images the n surest, without those that overlap a better one."""
+    kept = []
+    for boxes, labels, scores in detections:
+        best = ops.nms(boxes, scores, 0.1)              # of all categories
+        kept.append((boxes[best], labels[best], scores[best]))
+    least = torch.cat([scores for _, _, scores in kept]).topk(n).values[-1]
+    return [tuple(part[scores >= least] for part in (boxes, labels, scores))
+            for boxes, labels, scores in kept]
+
+
+def draw_detections(student, teacher, columns=6):
+    """The first scenes of the test split, a row for each network.
+
+    Each network guesses as often as there are objects in all scenes, so that shares compare.
+    """
     networks = [network for _, network in detection.load_networks([student, teacher])]
     train, test, names = detection.load_detection("scenes")
-    figure, grid = plt.subplots(3, columns, figsize=(6.4, 6.2), layout="constrained")
+    objects = sum(len(target["boxes"]) for _, target in test)
+    figure, grid = plt.subplots(3, columns, figsize=(11, 5.6), layout="constrained")
     for row, title, network in zip(grid, ("student", "teacher", "not trained"), networks):
         probe = detection.detection_probe(network, train, test, categories=names)
-        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}", fontsize=13)
-        for axes, (image, target), found in zip(row, test, probe["detections"]):
+        guesses = surest(probe["detections"], objects)
+        right = [right_ones(some, target) for some, (_, target) in zip(guesses, test)]
+        for axes, (image, target), some, marks in zip(row, test, guesses, right):
             axes.imshow(image.permute(1, 2, 0), extent=(0, 96, 96, 0))
             axes.set(xticks=[], yticks=[])
-            draw_boxes(axes, target, found)
+            draw_boxes(axes, target, some, marks, names)
+        share = 100 * sum(map(sum, right)) / objects
+        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % right", fontsize=12)
     save(figure, "detection.png")
 
 
