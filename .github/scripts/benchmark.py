@@ -20,17 +20,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cae_dfkd as C
 
 
-def side_by_side(functions, device, repeats):
-    """Median milliseconds of each. They take turns, so that a busy moment hits all of them."""
+def side_by_side(functions, device, repeats, minutes=5):
+    """Median milliseconds of each. They take turns, so that a busy moment hits all of them.
+
+    The first turn warms up. Turns end after `repeats`, or after these minutes if there were three.
+    """
     times = {name: [] for name in functions}
     wait = getattr(torch, torch.device(device).type).synchronize
-    for i in range(3 + repeats):                                        # three warm up
+    begun = time.perf_counter()
+    for turn in range(1 + repeats):
+        if turn > 3 and time.perf_counter() - begun > 60 * minutes:
+            break
         for name, function in functions.items():
             wait()
             start = time.perf_counter()
             function()
             wait()
-            times[name] += [1000 * (time.perf_counter() - start)] * (i >= 3)
+            if turn > 0:
+                times[name].append(1000 * (time.perf_counter() - start))
     return {name: float(np.median(t)) for name, t in times.items()}
 
 

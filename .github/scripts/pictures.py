@@ -114,7 +114,7 @@ def draw_samples(run, columns=14):
 def draw_curves():
     """Accuracy by cycle of all runs of two pairs, beside their teachers."""
     runs = tables.read_runs()
-    figure, axes = plt.subplots(figsize=(6.6, 6.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for colour, student, flags, teacher, teacher_flags in CURVES:
         for run in runs:
             curve = re.findall(r"(\d+): ([\d.]+)", run["note"])

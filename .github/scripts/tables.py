@@ -33,7 +33,7 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, the flag that leaves the part out
-    ("features (eq. 8), with places", "--lambda-cae 0"), ("of these, places", "--positions 0"),
+    ("features (eq. 8)", "--lambda-cae 0"), ("only the places in eq. 8", "--positions 0"),
     ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
     ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
     ("contrast (eq. 9)", "--lambda-cncl 0")]
