@@ -147,26 +147,35 @@ def detect(backbone, layer, detector, image, device):
     return boxes[best].cpu(), labels[best].cpu(), scores[best].cpu()
 
 
+def match(boxes, truth, hard):
+    """Which boxes (n, 4), best first, find a true box (m, 4) of an image: 1, 0 or NaN for each.
+
+    A box finds the true box that it overlaps most, of those that no better box has taken. 1 is
+    right, 0 a false alarm; NaN, which does not count, has found one that is `hard` (m,).
+    """
+    hits = []
+    overlap = ops.box_iou(boxes, truth)                                             # (n, m)
+    for row in overlap:                                 # a view: it sees what is taken
+        if len(row) == 0 or row.max() < 0.5:
+            hits.append(0.0)
+        elif hard[row.argmax()]:                        # any number may match it
+            hits.append(math.nan)
+        else:
+            hits.append(1.0)
+            overlap[:, row.argmax()] = 0                # taken
+    return hits
+
+
 def average_precision(detections, truths, difficult=None):
     """Average precision (AP) of one category at IoU 0.5, in percent.
 
     It is the area under precision over recall, by all points, as in VOC from 2010 on. All three
     are lists with an entry per image. detections: boxes (n, 4) and scores (n,), best first; truths:
-    true boxes (m, 4); difficult: which of these are, (m,), by default none. A detection matches the
-    true box that it overlaps most, of those that no better detection has taken.
+    true boxes (m, 4); difficult: which of these are, (m,), by default none.
     """
     difficult = difficult or [torch.zeros(len(truth), dtype=torch.bool) for truth in truths]
-    hits = []                                           # 1: right, 0: false alarm, NaN: ignored
-    for (boxes, _), truth, hard in zip(detections, truths, difficult):
-        overlap = ops.box_iou(boxes, truth)                                         # (n, m)
-        for row in overlap:                             # a view: it sees what is taken
-            if len(row) == 0 or row.max() < 0.5:
-                hits.append(0.0)
-            elif hard[row.argmax()]:                    # any number may match it
-                hits.append(math.nan)
-            else:
-                hits.append(1.0)
-                overlap[:, row.argmax()] = 0            # taken
+    hits = [hit for (boxes, _), truth, hard in zip(detections, truths, difficult)
+            for hit in match(boxes, truth, hard)]
     order = torch.cat([scores for _, scores in detections]).argsort(descending=True)
     hits = torch.tensor(hits, dtype=torch.double)[order]
     hits = hits[~hits.isnan()]

@@ -36,15 +36,13 @@ def save(figure, name):
 
 
 def right_ones(detections, target):
-    """Which detections, best first, are right: their category, and half of the union is shared."""
+    """Which detections, best first, are right, (n,): their category, and an IoU of 0.5."""
     boxes, labels, _ = detections
-    free = torch.ones(len(target["boxes"]), dtype=torch.bool)           # true boxes not yet found
-    right = []
-    for box, label in zip(boxes, labels):
-        overlap = ops.box_iou(box[None], target["boxes"])[0] * free * (target["labels"] == label)
-        right.append(len(free) > 0 and overlap.max().item() >= 0.5)
-        if right[-1]:
-            free[overlap.argmax()] = False
+    right = torch.zeros(len(boxes), dtype=torch.bool)
+    for label in labels.unique():
+        truth = target["boxes"][target["labels"] == label]
+        hits = detection.match(boxes[labels == label], truth, torch.zeros(len(truth)))
+        right[labels == label] = torch.tensor(hits).bool()
     return right
 
 
@@ -92,7 +90,7 @@ def draw_detections(student, teacher, columns=6):
             axes.imshow(image.permute(1, 2, 0), extent=(0, 96, 96, 0))
             axes.set(xticks=[], yticks=[])
             draw_boxes(axes, target, some, marks, names)
-        share = 100 * sum(map(sum, right)) / objects
+        share = 100 * torch.cat(right).sum() / objects
         row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % right", fontsize=12)
     save(figure, "detection.png")
 
