@@ -32,11 +32,17 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("ResNet-18, student of it, 10 cycles", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
-PARTS = [       # what stands in the README, the flag that leaves the part out
-    ("features (eq. 8)", "--lambda-cae 0"), ("only the places in eq. 8", "--positions 0"),
-    ("statistics (eq. 4)", "--lambda-fm 0"), ("noise in eq. 1", "--magnitudes 0 0 0 0"),
-    ("category vectors in eq. 1", "--no-cend"), ("adversary (eq. 5)", "--lambda-adv 0"),
-    ("contrast (eq. 9)", "--lambda-cncl 0")]
+RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
+PARTS = [       # what stands in the README, flags of the full method, the flag without the part
+    ("features (eq. 8)", LONG, "--lambda-cae 0"),
+    ("only the places in eq. 8", LONG, "--positions 0"),
+    ("statistics (eq. 4)", LONG, "--lambda-fm 0"),
+    ("noise in eq. 1", LONG, "--magnitudes 0 0 0 0"),
+    ("category vectors in eq. 1", LONG, "--no-cend"),
+    ("adversary (eq. 5)", LONG, "--lambda-adv 0"),
+    ("contrast (eq. 9)", LONG, "--lambda-cncl 0"),
+    ("features (eq. 8), ResNet-20", RESNET20, "--lambda-cae 0")]
+FEWEST = 3      # pairs of a part that the README shows
 
 
 def read_runs():
@@ -73,40 +79,41 @@ def network_rows(runs):
     return lines
 
 
-def by_seed(runs, flags):
-    """{seed: its runs with these flags}. A run that was stopped has no scores and is left out."""
-    rows = [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
-    return {r["seed"]: [s for s in rows if s["seed"] == r["seed"]] for r in rows}
+def scored_runs(runs, flags):
+    """The runs with these flags. A run that was stopped has no scores and is left out."""
+    return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
 
 
-def part_row(name, differences):
-    """name, for each score the differences of all pairs -> a line of the table of parts."""
-    cells = [spread(values, signed=True) for values in differences]
-    return " | ".join([f"| {name}", str(len(differences[0])), *cells]) + " |"
+def partner(run, full):
+    """The run of the full method with the same seed, if possible on the same processor."""
+    same_seed = [r for r in full if r["seed"] == run["seed"]]
+    same_processor = [r for r in same_seed if r["processor"] == run["processor"]]
+    return (same_processor or same_seed or [None])[0]
+
+
+def part_row(name, pairs):
+    """name, pairs (run, run without the part) -> a line of the table of parts."""
+    cells = [spread([float(a[s]) - float(b[s]) for a, b in pairs], signed=True) for s in SCORES]
+    return " | ".join([f"| {name}", str(len(pairs)), *cells]) + " |"
 
 
 def part_rows(runs):
     """The table of parts: the full method less the method without the part, paired by seed.
 
-    Where a seed of the full method ran twice, its mean counts. The last row is chance: the second
-    of these runs less the first.
+    The last row is chance: of each seed that ran twice, the second run less the first.
     """
-    def mean(group, seed, score):
-        return statistics.mean(float(r[score]) for r in group[seed])
-    full = by_seed(runs, LONG)
     lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
-    for name, flag in PARTS:
-        without = by_seed(runs, f"{LONG} {flag}")
-        seeds = sorted(full.keys() & without.keys())
-        if not seeds:
-            continue
-        differences = [[mean(full, seed, score) - mean(without, seed, score) for seed in seeds]
-                       for score in SCORES]
-        lines.append(part_row(name, differences))
-    twice = [rows for rows in full.values() if len(rows) > 1]
+    for name, flags, flag in PARTS:
+        full = scored_runs(runs, flags)
+        pairs = [(partner(run, full), run) for run in scored_runs(runs, f"{flags} {flag}")
+                 if partner(run, full)]
+        if len(pairs) >= FEWEST:
+            lines.append(part_row(name, pairs))
+    full = scored_runs(runs, LONG)
+    earlier = [partner(run, full[:i]) for i, run in enumerate(full)]
+    twice = [(run, first) for run, first in zip(full, earlier) if first]
     if twice:
-        chance = [[float(rows[1][s]) - float(rows[0][s]) for rows in twice] for s in SCORES]
-        lines.append(part_row("*chance: the same seeds again*", chance))
+        lines.append(part_row("*chance: the same seeds again*", twice))
     return lines
 
 

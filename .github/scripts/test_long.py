@@ -151,15 +151,15 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
     assert "90.2" in capsys.readouterr().out
 
 
-def test_parts_are_compared_by_seed():
-    def runs(flags, *values):
-        row = {"script": "cae_dfkd.py", "flags": flags}
+def test_parts_are_compared_by_seed_and_processor():
+    def runs(flags, processor, *values):
+        row = {"script": "cae_dfkd.py", "flags": flags, "processor": processor}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
-    full = runs(tables.LONG, 50, 60, 70) + runs(tables.LONG, 54)        # seed 0 twice: its mean
-    steady = runs(f"{tables.LONG} --lambda-cae 0", 50, 59, 67)
-    noisy = runs(f"{tables.LONG} --lambda-fm 0", 51, 50, 61)
-    single = runs(f"{tables.LONG} --no-cend", 60)
-    _, _, *rows = tables.part_rows(full + steady + noisy + single)
+    full = runs(tables.LONG, "old", 50, 60, 70) + runs(tables.LONG, "new", 54)      # seed 0 twice
+    steady = runs(f"{tables.LONG} --lambda-cae 0", "old", 49, 58, 67)
+    noisy = runs(f"{tables.LONG} --lambda-fm 0", "new", 51, 50, 61)     # seeds 1, 2: across both
+    few = runs(f"{tables.LONG} --no-cend", "new", 60, 60)
+    _, _, *rows = tables.part_rows(full + steady + noisy + few)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3", "+2.0 ± 1.0"], ["3", "+6.7 ± 4.9"], ["1", "−8.0"], ["1", "+4.0"]]
+        ["3", "+2.0 ± 1.0"], ["3", "+7.3 ± 3.8"], ["1", "+4.0"]]
