@@ -124,7 +124,7 @@ def draw_curves():
             if run["script"] == "network, no run" and run["flags"] == teacher_flags:
                 level = float(run["accuracy_1017"])
                 axes.axhline(level, color=colour, linestyle="--", label=teacher)
-    axes.set_title("Each line is a run. Its step size falls to 0 towards its last cycle.")
+    axes.set_title("Each line is a run. Its learning rate falls to 0 towards its last cycle.")
     axes.set_xlabel("cycle", fontsize=13)
     axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
     axes.legend(loc="lower right", fontsize=13)
