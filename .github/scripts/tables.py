@@ -55,7 +55,8 @@ def spread(values, signed=False):
     """Mean and standard deviation, as 1.2 ± 0.3, of numbers; empty if there are none."""
     if not values:
         return ""
-    text = f"{statistics.mean(values):{'+' if signed else ''}.1f}"
+    mean = round(statistics.mean(values), 1) + 0.0      # never -0.0
+    text = f"{mean:{'+' if signed else ''}.1f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.1f}"
     return text.replace("-", "−")
