@@ -29,8 +29,6 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("*ResNet-34, teacher*", "real images", "network, no run", "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
-    ("ResNet-18, student of it, 10 cycles", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 PARTS = [       # what stands in the README, flags of the full method, the flag without the part
