@@ -12,7 +12,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
 
 Test accuracy in % (settings chosen by it; CIFAR: 1,017)   minutes     teacher student    untrained
     no flags (shapes; without eq. 5; one seed)              4, 2 cores  99.60   94.25      8.75
-    --dataset cifar10 --student resnet20 --bf16 (4 runs)    41, 1 core  91.6    90.1 ± 0.6 8.4
+    --dataset cifar10 --student resnet20 --bf16 (3 seeds)   41, 1 core  91.6    90.1 ± 0.6 8.4
 
 Networks of your own need Python, and no images at all. Both must be on one device, and their last
 operation must be an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
@@ -466,13 +466,13 @@ def category_aware_embedding_loss(z, targets, labels, temperature=0.1):
 
 
 def contrastive_loss(z, labels, temperature=0.1):
-    """Eq. 9, CNCL, category noise contrastive learning (quoted; the form is that of SupCon).
+    """Eq. 9, CNCL, category noise contrastive learning (idea quoted; the form is that of SupCon).
         L = -(1/|V|) Σ_{i∈V} (1/|P(i)|) Σ_{p∈P(i)} log( exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ) )
     z (B, D_T), normalised here; labels (B,) -> scalar >= 0. P(i): the other rows of i's category.
     V: the rows that have any. A batch without a pair gives 0. Eq. 8 compares student with teacher,
-    eq. 9 compares student with student. The paper's positive pairs are of one category and differ
-    in their degree of diffusion, the amount of noise. Ours are any two images of one category,
-    cropped and recoloured. [our choice]"""
+    eq. 9 compares student with student. By the notes, the paper's positive pairs are of one
+    category and differ in their degree of diffusion, the amount of noise. Ours are any two images
+    of one category, cropped and recoloured. [our choice]"""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)             # a ≠ i
@@ -650,7 +650,7 @@ def student_step(state):
     categories, and all other places of its own category are left out. The student is in train mode,
     the teacher in eval mode without gradients.
     Why places: an embedding is only the mean of the last map, which quite different maps can share.
-    Places pull all parts to the teacher's: +15 ± 3 of AP50 (115 cycles, 3 pairs).   [our choice]"""
+    Places pull all parts to the teacher's: AP50 of drawn scenes +15 ± 3 (3 pairs).  [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)

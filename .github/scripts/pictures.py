@@ -20,11 +20,14 @@ import detection
 import tables
 
 ASSETS = tables.ROOT / ".github/assets"
-CURVES = [      # colour, student and its flags in runs.csv, teacher and its flags
-    ("C0", "ResNet-20 student", "--dataset cifar10 --student resnet20 --cycles 115 --bf16",
-     "its teacher, ResNet-20", "--teacher resnet20"),
-    ("C1", "ResNet-18 student", "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16",
-     "its teacher, ResNet-34", "--teacher resnet34")]
+RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
+CURVES = [      # colour, what is drawn, script and flags in runs.csv
+    ("C0", "ResNet-20: its teacher", "network, no run", "--teacher resnet20"),
+    ("C0", "ResNet-20: student", "cae_dfkd.py", RESNET20),
+    ("C2", "ResNet-20: student without eq. 8", "cae_dfkd.py", f"{RESNET20} --lambda-cae 0"),
+    ("C1", "ResNet-18: its teacher, a ResNet-34", "network, no run", "--teacher resnet34"),
+    ("C1", "ResNet-18: student", "cae_dfkd.py",
+     "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16")]
 
 
 def save(figure, name):
@@ -110,24 +113,24 @@ def draw_samples(run, columns=14):
 
 
 def draw_curves():
-    """Accuracy by cycle of all runs of two pairs, beside their teachers."""
+    """Accuracy by cycle of students, each line a run, beside their teachers."""
     runs = tables.read_runs()
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
-    for colour, student, flags, teacher, teacher_flags in CURVES:
-        for run in runs:
+    for colour, name, script, flags in CURVES:
+        chosen = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
+        for run in chosen:
+            accuracy = float(run["accuracy_1017"])
+            if not run["cycles"]:                       # a teacher
+                axes.axhline(accuracy, color=colour, linestyle="--", label=name)
+                continue
             curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
-            if run["flags"] == flags and curve:
-                last = [(run["cycles"], run["accuracy_1017"])] if run["accuracy_1017"] else []
-                cycles, accuracies = zip(*((int(c), float(a)) for c, a in curve + last))
-                axes.plot(cycles, accuracies, color=colour, marker=".", label=student)
-                student = None                          # one label for all its runs
-            if run["script"] == "network, no run" and run["flags"] == teacher_flags:
-                level = float(run["accuracy_1017"])
-                axes.axhline(level, color=colour, linestyle="--", label=teacher)
-    axes.set_title("Each line is a run. Its learning rate falls to 0 towards its last cycle.")
+            points = [(int(c), float(a)) for c, a in curve] + [(int(run["cycles"]), accuracy)]
+            axes.plot(*zip(*points), color=colour, marker=".", label=name)
+            name = None                                 # one label for all its runs
+    axes.set_title("Each line is a run. Its step size falls to 0 at its last cycle, 115.")
     axes.set_xlabel("cycle", fontsize=13)
     axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
-    axes.legend(loc="lower right", fontsize=13)
+    axes.legend(loc="lower right", fontsize=11)
     save(figure, "curves.png")
 
 

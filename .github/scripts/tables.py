@@ -23,23 +23,21 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("ResNet-20, student without eq. 8", None, "cae_dfkd.py",
      "--dataset cifar10 --student resnet20 --cycles 115 --bf16 --lambda-cae 0"),
     ("ResNet-20, not trained", "none", "network, no run", "--student resnet20"),
-    ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
+    ("**ResNet-8, student of the same**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without eq. 8", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
-    ("*ResNet-34, teacher*", "real images", "network, no run", "--teacher resnet34"),
+    ("*ResNet-34, teacher*", "8 epochs, JPEG", "network, no run", "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
-RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
-PARTS = [       # what stands in the README, flags of the full method, the flag without the part
-    ("features (eq. 8)", LONG, "--lambda-cae 0"),
-    ("only the places in eq. 8", LONG, "--positions 0"),
-    ("statistics (eq. 4)", LONG, "--lambda-fm 0"),
-    ("noise in eq. 1", LONG, "--magnitudes 0 0 0 0"),
-    ("category vectors in eq. 1", LONG, "--no-cend"),
-    ("adversary (eq. 5)", LONG, "--lambda-adv 0"),
-    ("contrast (eq. 9)", LONG, "--lambda-cncl 0"),
-    ("features (eq. 8), ResNet-20", RESNET20, "--lambda-cae 0")]
+PARTS = [       # what stands in the README, the flag that leaves the part out
+    ("features (eq. 8)", "--lambda-cae 0"),
+    ("only the places in eq. 8", "--positions 0"),
+    ("statistics (eq. 4)", "--lambda-fm 0"),
+    ("noise in eq. 1", "--magnitudes 0 0 0 0"),
+    ("category vectors in eq. 1", "--no-cend"),
+    ("adversary (eq. 5)", "--lambda-adv 0"),
+    ("contrast (eq. 9)", "--lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
 
 
@@ -71,8 +69,9 @@ def network_rows(runs):
             continue
         if training is None:
             minutes = statistics.mean(float(r["seconds"]) for r in scored) / 60
-            plural = "s" * (len(scored) > 1)
-            training = f"{minutes:.0f} min, {len(scored)} run{plural}"
+            seeds = len({r["seed"] for r in scored})
+            runs_of = f"{len(scored)} runs, " * (len(scored) > seeds)
+            training = f"{minutes:.0f} min, {runs_of}{seeds} seed{'s' * (seeds > 1)}"
         cells = [spread([float(r[s]) for r in scored if r[s]]) for s in SCORES]
         lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
     return lines
@@ -84,31 +83,34 @@ def scored_runs(runs, flags):
 
 
 def partner(run, full):
-    """The run of the full method with the same seed, if possible on the same processor."""
+    """The run of the full method with the same seed, if possible of one processor and file."""
     same_seed = [r for r in full if r["seed"] == run["seed"]]
-    same_processor = [r for r in same_seed if r["processor"] == run["processor"]]
-    return (same_processor or same_seed or [None])[0]
+    def likeness(other):
+        return other["processor"] == run["processor"], other["commit"] == run["commit"]
+    return max(same_seed, key=likeness, default=None)
 
 
 def part_row(name, pairs):
     """name, pairs (run, run without the part) -> a line of the table of parts."""
+    alike = sum((a["processor"], a["commit"]) == (b["processor"], b["commit"]) for a, b in pairs)
     cells = [spread([float(a[s]) - float(b[s]) for a, b in pairs], signed=True) for s in SCORES]
-    return " | ".join([f"| {name}", str(len(pairs)), *cells]) + " |"
+    return " | ".join([f"| {name}", f"{len(pairs)} ({alike})", *cells]) + " |"
 
 
 def part_rows(runs):
     """The table of parts: the full method less the method without the part, paired by seed.
 
-    The last row is chance: of each seed that ran twice, the second run less the first.
+    Alike are pairs of one processor and one version of the file. The last row is chance: of each
+    seed that ran twice, the later run less an earlier one.
     """
-    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
-    for name, flags, flag in PARTS:
-        full = scored_runs(runs, flags)
-        pairs = [(partner(run, full), run) for run in scored_runs(runs, f"{flags} {flag}")
+    lines = ["| part | pairs (alike) | CIFAR-10 | clothing | scenes | photos |",
+             "|---|---|---|---|---|---|"]
+    full = scored_runs(runs, LONG)
+    for name, flag in PARTS:
+        pairs = [(partner(run, full), run) for run in scored_runs(runs, f"{LONG} {flag}")
                  if partner(run, full)]
         if len(pairs) >= FEWEST:
             lines.append(part_row(name, pairs))
-    full = scored_runs(runs, LONG)
     earlier = [partner(run, full[:i]) for i, run in enumerate(full)]
     twice = [(run, first) for run, first in zip(full, earlier) if first]
     if twice:

@@ -153,7 +153,7 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
 
 def test_parts_are_compared_by_seed_and_processor():
     def runs(flags, processor, *values):
-        row = {"script": "cae_dfkd.py", "flags": flags, "processor": processor}
+        row = {"script": "cae_dfkd.py", "flags": flags, "processor": processor, "commit": "a"}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
     full = runs(tables.LONG, "old", 50, 60, 70) + runs(tables.LONG, "new", 54)      # seed 0 twice
@@ -162,4 +162,4 @@ def test_parts_are_compared_by_seed_and_processor():
     few = runs(f"{tables.LONG} --no-cend", "new", 60, 60)
     _, _, *rows = tables.part_rows(full + steady + noisy + few)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3", "+2.0 ± 1.0"], ["3", "+7.3 ± 3.8"], ["1", "+4.0"]]
+        ["3 (3)", "+2.0 ± 1.0"], ["3 (1)", "+7.3 ± 3.8"], ["1 (0)", "+4.0"]]
