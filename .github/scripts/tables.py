@@ -30,14 +30,14 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
-PARTS = [       # what stands in the README, the flag that leaves the part out
-    ("features (eq. 8)", "--lambda-cae 0"),
-    ("only the places in eq. 8", "--positions 0"),
-    ("statistics (eq. 4)", "--lambda-fm 0"),
-    ("noise in eq. 1", "--magnitudes 0 0 0 0"),
-    ("category vectors in eq. 1", "--no-cend"),
-    ("adversary (eq. 5)", "--lambda-adv 0"),
-    ("contrast (eq. 9)", "--lambda-cncl 0")]
+PARTS = [       # what stands in the README, flags of the runs with the part, and without it
+    ("features (eq. 8) at places", "", " --positions 0"),
+    ("features of whole images", " --positions 0", " --lambda-cae 0"),
+    ("statistics (eq. 4)", "", " --lambda-fm 0"),
+    ("noise in eq. 1", "", " --magnitudes 0 0 0 0"),
+    ("category vectors in eq. 1", "", " --no-cend"),
+    ("adversary (eq. 5)", "", " --lambda-adv 0"),
+    ("contrast (eq. 9)", "", " --lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
 
 
@@ -82,9 +82,9 @@ def scored_runs(runs, flags):
     return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
 
 
-def partner(run, full):
-    """The run of the full method with the same seed, if possible of one processor and file."""
-    same_seed = [r for r in full if r["seed"] == run["seed"]]
+def partner(run, others):
+    """Of other runs the one with the same seed, if possible of one processor and file."""
+    same_seed = [r for r in others if r["seed"] == run["seed"]]
     def likeness(other):
         return other["processor"] == run["processor"], other["commit"] == run["commit"]
     return max(same_seed, key=likeness, default=None)
@@ -105,12 +105,12 @@ def part_rows(runs):
     """
     lines = ["| part | pairs (alike) | CIFAR-10 | clothing | scenes | photos |",
              "|---|---|---|---|---|---|"]
-    full = scored_runs(runs, LONG)
-    for name, flag in PARTS:
-        pairs = [(partner(run, full), run) for run in scored_runs(runs, f"{LONG} {flag}")
-                 if partner(run, full)]
+    for name, *flags in PARTS:
+        with_part, without = (scored_runs(runs, LONG + flag) for flag in flags)
+        pairs = [(partner(run, with_part), run) for run in without if partner(run, with_part)]
         if len(pairs) >= FEWEST:
             lines.append(part_row(name, pairs))
+    full = scored_runs(runs, LONG)
     earlier = [partner(run, full[:i]) for i, run in enumerate(full)]
     twice = [(run, first) for run, first in zip(full, earlier) if first]
     if twice:

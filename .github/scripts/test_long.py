@@ -157,9 +157,11 @@ def test_parts_are_compared_by_seed_and_processor():
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
     full = runs(tables.LONG, "old", 50, 60, 70) + runs(tables.LONG, "new", 54)      # seed 0 twice
-    steady = runs(f"{tables.LONG} --lambda-cae 0", "old", 49, 58, 67)
+    steady = runs(f"{tables.LONG} --positions 0", "old", 49, 58, 67)
+    less = runs(f"{tables.LONG} --lambda-cae 0", "old", 48, 57, 66)     # pairs with `steady`
     noisy = runs(f"{tables.LONG} --lambda-fm 0", "new", 51, 50, 61)     # seeds 1, 2: across both
     few = runs(f"{tables.LONG} --no-cend", "new", 60, 60)
-    _, _, *rows = tables.part_rows(full + steady + noisy + few)
+    _, _, *rows = tables.part_rows(full + steady + less + noisy + few)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3 (3)", "+2.0 ± 1.0"], ["3 (1)", "+7.3 ± 3.8"], ["1 (0)", "+4.0"]]
+        ["3 (3)", "+2.0 ± 1.0"], ["3 (3)", "+1.0 ± 0.0"], ["3 (1)", "+7.3 ± 3.8"],
+        ["1 (0)", "+4.0"]]
