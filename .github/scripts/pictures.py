@@ -94,7 +94,7 @@ def draw_detections(student, teacher, columns=6):
             axes.set(xticks=[], yticks=[])
             draw_boxes(axes, target, some, marks, names)
         share = 100 * torch.cat(right).sum() / objects
-        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % right", fontsize=12)
+        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % found", fontsize=12)
     save(figure, "detection.png")
 
 

@@ -26,7 +26,7 @@ NETWORKS = [    # what stands in the README, how it was trained, script, flags
     ("**ResNet-8, student of the same**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without eq. 8", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
-    ("*ResNet-34, teacher*", "8 epochs, JPEG copies", "network, no run", "--teacher resnet34"),
+    ("*ResNet-34, teacher*", "real images, 8 epochs", "network, no run", "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
