@@ -61,8 +61,8 @@ eq  what                               where                            source
 10  L_S = L_KD + λ_cae Σ L_CAE + λ_cncl L_CNCL      student_step        noted, but Σ L_CAE is ours:
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
-*Ours*, [our choice]: no source says it. Equation numbers are ours. Without e of eq. 1, eq. 5 or
-eq. 9, one at a time, no score of a ResNet-8 fell beyond chance (3 long pairs each; 70 lines).
+*Ours*, [our choice]: no source says it. Equation numbers are ours. With plain noise for eq. 1, or
+without eq. 5 or eq. 9, no score of a ResNet-8 fell beyond chance (3 long pairs each; 70 lines).
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
@@ -306,7 +306,7 @@ class CEND(nn.Module):
     """Category embedding noise diffusion, eq. 1: ê = e_y + M_n ⊙ q_n, n in {1..N}, q_n ~ NS_n.
     Quoted from a review. "Diffusion" means only that noise is added. The paper takes e from a
     language model: np.save its (K, E) embeddings of the class names, in the order of the labels,
-    for --prior. Our default is the weight rows of the teacher's head. e had no clear effect.
+    for --prior. Our default is the weight rows of the teacher's head. Plain noise did as well.
     category_embeddings (K, E) in any scale, copied without their gradient; magnitudes: N numbers
     M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ... These
     families, the draw of n for each image, centring and scaling are [our choice]. Embeddings are
@@ -414,7 +414,7 @@ def adversarial_loss(student_logits, teacher_logits):
     (B, K), (B, K) -> scalar <= 0, since G is to make the KL large. 1[...] is 1 if that holds, else
     0. Noted; the form is NAYER's. Gradients reach G through both networks. If their categories
     differ, S can already learn from the image. A further push could move the image to another
-    category. So the image counts 0, like row three here. (ResNet-8: no effect in 3 long pairs.)
+    category. So the image counts 0, like row three here. (ResNet-8: within chance, 3 long pairs.)
     >>> t = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
     >>> s = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> [f"{-adversarial_loss(s[i:i + 1], t[i:i + 1]):.3f}" for i in range(3)]      # the KL
@@ -472,7 +472,7 @@ def contrastive_loss(z, labels, temperature=0.1):
     V: the rows that have any. A batch without a pair gives 0. Eq. 8 compares student with teacher,
     eq. 9 compares student with student. By the notes, the paper's positive pairs are of one
     category and differ in their degree of diffusion, the amount of noise. Ours are any two images
-    of one category, cropped and recoloured. [our choice] ResNet-8: no effect in 3 long pairs."""
+    of one category, cropped and recoloured. [our choice] ResNet-8: within chance, 3 long pairs."""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)             # a ≠ i
@@ -615,7 +615,7 @@ def synthesis_round(state):
         held      labels, noise in the round   a few steps teach G one batch, but not to draw for
                                                arbitrary noise                      [our choice]
     All steps of a round see the same rows, so G can fit each row and ignore e_y. This may be why
-    a ResNet-8 without e_y (--no-cend) did as well: 3 pairs of 115 cycles, within chance."""
+    a ResNet-8 with plain noise (--no-cend) did as well: 3 pairs of 115 cycles, within chance."""
     e_hat, labels = draw_embeddings(state)
     if hasattr(state.generator, "seed_layer"):
         state.generator.seed_layer.reset_parameters()
@@ -722,7 +722,7 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)
         # Step size: half a cosine from full size to 0, times a rise over five cycles. A ResNet-20
-        # that began at full size had 26 % after 40 cycles, with the rise 68 (one run). [our choice]
+        # that began at full size had 26 % after 40 cycles, with it 68 (one run each). [our choice]
         cosine = (1 + math.cos(math.pi * state.cycle / config.cycles)) / 2
         for group in state.student_optimizer.param_groups:
             group["lr"] = config.student_lr * cosine * min(1.0, (state.cycle + 1) / 5)

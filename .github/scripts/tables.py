@@ -35,7 +35,7 @@ PARTS = [       # what stands in the README, flags of the runs with the part, an
     ("features of whole images", " --positions 0", " --lambda-cae 0"),
     ("statistics (eq. 4)", "", " --lambda-fm 0"),
     ("noise in eq. 1", "", " --magnitudes 0 0 0 0"),
-    ("category vectors in eq. 1", "", " --no-cend"),
+    ("eq. 1 instead of plain noise", "", " --no-cend"),
     ("adversary (eq. 5)", "", " --lambda-adv 0"),
     ("contrast (eq. 9)", "", " --lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
