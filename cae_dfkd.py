@@ -62,7 +62,7 @@ eq  what                               where                            source
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours. With plain noise for eq. 1, or
-without eq. 5 or eq. 9, no score of a ResNet-8 fell beyond chance (3 long pairs each; 70 lines).
+without eq. 5 or eq. 9, no score of a ResNet-8 fell beyond chance (3 seeds, 115 cycles; 70 lines).
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
@@ -392,7 +392,7 @@ def feature_matching_loss(layers, inputs, eps=1e-4):
     layers: BatchNorm layers l of a teacher in eval mode, which store the mean μ_l and the variance
     σ²_l of its training data. inputs: what entered each of them for images x̂, (B, C_l, h, w) or
     (B, C_l), with the statistics μ_l(x̂), σ²_l(x̂) -> scalar >= 0. In train mode: ValueError.
-    Without it a ResNet-8 has 52 to 61 %, with it 80 to 82 (3 long pairs). [our choice]: We
+    Without it a ResNet-8 has 52 to 61 %, with it 80 to 82 (3 seeds). [our choice]: We
     divide by σ_l, unlike DeepInversion, or channels of large values would count most. The mean
     makes λ_fm independent of the number of layers, but not of their width: norms grow like √C_l."""
     if not layers or any(layer.training for layer in layers):
@@ -414,7 +414,7 @@ def adversarial_loss(student_logits, teacher_logits):
     (B, K), (B, K) -> scalar <= 0, since G is to make the KL large. 1[...] is 1 if that holds, else
     0. Noted; the form is NAYER's. Gradients reach G through both networks. If their categories
     differ, S can already learn from the image. A further push could move the image to another
-    category. So the image counts 0, like row three here. (ResNet-8: within chance, 3 long pairs.)
+    category. So the image counts 0, like row three here. (ResNet-8: within chance, 115 cycles.)
     >>> t = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
     >>> s = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     >>> [f"{-adversarial_loss(s[i:i + 1], t[i:i + 1]):.3f}" for i in range(3)]      # the KL
@@ -472,7 +472,7 @@ def contrastive_loss(z, labels, temperature=0.1):
     V: the rows that have any. A batch without a pair gives 0. Eq. 8 compares student with teacher,
     eq. 9 compares student with student. By the notes, the paper's positive pairs are of one
     category and differ in their degree of diffusion, the amount of noise. Ours are any two images
-    of one category, cropped and recoloured. [our choice] ResNet-8: within chance, 3 long pairs."""
+    of one category, cropped and recoloured. [our choice] ResNet-8: within chance, 115 cycles."""
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, -math.inf)             # a ≠ i
@@ -615,7 +615,7 @@ def synthesis_round(state):
         held      labels, noise in the round   a few steps teach G one batch, but not to draw for
                                                arbitrary noise                      [our choice]
     All steps of a round see the same rows, so G can fit each row and ignore e_y. This may be why
-    a ResNet-8 with plain noise (--no-cend) did as well: 3 pairs of 115 cycles, within chance."""
+    a ResNet-8 with plain noise (--no-cend) did as well: 3 seeds, 115 cycles, within chance."""
     e_hat, labels = draw_embeddings(state)
     if hasattr(state.generator, "seed_layer"):
         state.generator.seed_layer.reset_parameters()
@@ -650,7 +650,7 @@ def student_step(state):
     categories, and all other places of its own category are left out. The student is in train mode,
     the teacher in eval mode without gradients.
     Why places: an embedding is only the mean of the last map, which quite different maps can share.
-    Places pull all parts to the teacher's: scenes +15 ± 3 AP50 (ResNet-8, 3 pairs). [our choice]"""
+    Places pull all parts to the teacher's: scenes +17 ± 1 AP50 (ResNet-8, 3 seeds). [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)
@@ -722,7 +722,7 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)
         # Step size: half a cosine from full size to 0, times a rise over five cycles. A ResNet-20
-        # that began at full size had 26 % after 40 cycles, with it 68 (one run each). [our choice]
+        # that began at full size had 27 % after 40 cycles, with it 68 (one run each). [our choice]
         cosine = (1 + math.cos(math.pi * state.cycle / config.cycles)) / 2
         for group in state.student_optimizer.param_groups:
             group["lr"] = config.student_lr * cosine * min(1.0, (state.cycle + 1) / 5)

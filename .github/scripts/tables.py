@@ -82,39 +82,40 @@ def scored_runs(runs, flags):
     return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
 
 
-def partner(run, others):
-    """Of other runs the one with the same seed, if possible of one processor and file."""
-    same_seed = [r for r in others if r["seed"] == run["seed"]]
-    def likeness(other):
-        return other["processor"] == run["processor"], other["commit"] == run["commit"]
-    return max(same_seed, key=likeness, default=None)
+def by_seed(runs):
+    """Runs -> dict from a seed to its runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["seed"], []).append(run)
+    return groups
+
+
+def mean_of(rows, score):
+    """The mean of a score over runs."""
+    return statistics.mean(float(r[score]) for r in rows)
 
 
 def part_row(name, pairs):
-    """name, pairs (run, run without the part) -> a line of the table of parts."""
-    alike = sum((a["processor"], a["commit"]) == (b["processor"], b["commit"]) for a, b in pairs)
-    cells = [spread([float(a[s]) - float(b[s]) for a, b in pairs], signed=True) for s in SCORES]
-    return " | ".join([f"| {name}", f"{len(pairs)} ({alike})", *cells]) + " |"
+    """name, pairs (runs with the part, runs without it) -> a line of the table of parts."""
+    cells = [spread([mean_of(a, s) - mean_of(b, s) for a, b in pairs], signed=True) for s in SCORES]
+    return " | ".join([f"| {name}", str(len(pairs)), *cells]) + " |"
 
 
 def part_rows(runs):
-    """The table of parts: the full method less the method without the part, paired by seed.
+    """The table of parts: for each seed the mean of all runs with the part, less that without it.
 
-    Alike are pairs of one processor and one version of the file. The last row is chance: of each
-    seed that ran twice, the later run less an earlier one.
+    The last row is chance: of each seed that ran again, each later run less the first.
     """
-    lines = ["| part | pairs (alike) | CIFAR-10 | clothing | scenes | photos |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
     for name, *flags in PARTS:
-        with_part, without = (scored_runs(runs, LONG + flag) for flag in flags)
-        pairs = [(partner(run, with_part), run) for run in without if partner(run, with_part)]
+        with_part, without = (by_seed(scored_runs(runs, LONG + flag)) for flag in flags)
+        pairs = [(with_part[seed], rows) for seed, rows in without.items() if seed in with_part]
         if len(pairs) >= FEWEST:
             lines.append(part_row(name, pairs))
-    full = scored_runs(runs, LONG)
-    earlier = [partner(run, full[:i]) for i, run in enumerate(full)]
-    twice = [(run, first) for run, first in zip(full, earlier) if first]
-    if twice:
-        lines.append(part_row("*chance: the same seeds again*", twice))
+    again = [([later], [first]) for first, *rest in by_seed(scored_runs(runs, LONG)).values()
+             for later in rest]
+    if again:
+        lines.append(part_row("*chance: the same seeds again*", again))
     return lines
 
 

@@ -153,17 +153,16 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
     assert "90.2" in capsys.readouterr().out
 
 
-def test_parts_are_compared_by_seed_and_processor():
-    def runs(flags, processor, *values):
-        row = {"script": "cae_dfkd.py", "flags": flags, "processor": processor, "commit": "a"}
+def test_parts_are_compared_seed_by_seed():
+    def runs(flags, *values):
+        row = {"script": "cae_dfkd.py", "flags": tables.LONG + flags}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
-    full = runs(tables.LONG, "old", 50, 60, 70) + runs(tables.LONG, "new", 54)      # seed 0 twice
-    steady = runs(f"{tables.LONG} --positions 0", "old", 49, 58, 67)
-    less = runs(f"{tables.LONG} --lambda-cae 0", "old", 48, 57, 66)     # pairs with `steady`
-    noisy = runs(f"{tables.LONG} --lambda-fm 0", "new", 51, 50, 61)     # seeds 1, 2: across both
-    few = runs(f"{tables.LONG} --no-cend", "new", 60, 60)
+    full = runs("", 50, 60, 70) + runs("", 54)          # seed 0 ran twice
+    steady = runs(" --positions 0", 49, 58, 67)
+    less = runs(" --lambda-cae 0", 48, 57, 66)          # is compared with `steady`
+    noisy = runs(" --lambda-fm 0", 51, 50, 61)
+    few = runs(" --no-cend", 60, 60)                    # too few to be shown
     _, _, *rows = tables.part_rows(full + steady + less + noisy + few)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3 (3)", "+2.0 ± 1.0"], ["3 (3)", "+1.0 ± 0.0"], ["3 (1)", "+7.3 ± 3.8"],
-        ["1 (0)", "+4.0"]]
+        ["3", "+2.7 ± 0.6"], ["3", "+1.0 ± 0.0"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"]]
