@@ -118,7 +118,7 @@ def draw_curves():
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for colour, name, script, flags in CURVES:
         chosen = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
-        for run in chosen:
+        for run in (r for r in chosen if r["accuracy_1017"]):           # not those that stopped
             accuracy = float(run["accuracy_1017"])
             if not run["cycles"]:                       # a teacher
                 axes.axhline(accuracy, color=colour, linestyle="--", label=name)
