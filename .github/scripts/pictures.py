@@ -127,7 +127,7 @@ def draw_curves():
             points = [(int(c), float(a)) for c, a in curve] + [(int(run["cycles"]), accuracy)]
             axes.plot(*zip(*points), color=colour, marker=".", label=name)
             name = None                                 # one label for all its runs
-    axes.set_title("Each line is a run (ResNet-20 student: three seeds, one of them twice).")
+    axes.set_title("Each line is a run, each dot a score (ResNet-20 student: 3 seeds, one of them twice)")
     axes.set_xlabel("cycle", fontsize=13)
     axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
     axes.legend(loc="lower right", fontsize=11)
