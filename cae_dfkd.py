@@ -649,7 +649,7 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
-    parts to the teacher's. They add 12 to 27 to scenes (ResNet-8, ResNet-20). Eq. 8 of whole
+    parts to the teacher's. They add 12 to 16 to scenes (same code; else to 27). Eq. 8 of whole
     images alone adds nothing clear (115 cycles, 3 seeds each).                     [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
@@ -722,7 +722,7 @@ def distill(teacher, student, config, state=None, on_cycle=print_cycle):
         # The seed depends on the cycle, so a resumed run draws what an unbroken one draws.
         torch.manual_seed(1_000_003 * config.seed + state.cycle + 1)
         # Step size: half a cosine from full size to 0, times a rise over five cycles. Without it a
-        # ResNet-20 had 27, not 68 % at cycle 40 (1 seed, old code); ResNet-8: equal.  [our choice]
+        # ResNet-20 had 27, not 68 % at cycle 40 (1 seed, old code); ResNet-8: unclear. [our choice]
         cosine = (1 + math.cos(math.pi * state.cycle / config.cycles)) / 2
         for group in state.student_optimizer.param_groups:
             group["lr"] = config.student_lr * cosine * min(1.0, (state.cycle + 1) / 5)

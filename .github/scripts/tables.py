@@ -27,13 +27,15 @@ NETWORKS = [
     ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without feature loss", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
-    ("*ResNet-34, teacher*", "JPEG images, 8 epochs", "network, no run", "--teacher resnet34"),
+    ("*ResNet-34, teacher*", "ours, JPEG copies, 8 epochs", "network, no run", "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
+    ("the same, older code, 10 cycles", None, "cae_dfkd.py",
+     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
-    ("features (eq. 8) at places", "", " --positions 0"),
-    ("features of whole images", " --positions 0", " --lambda-cae 0"),
+    ("features of whole images (eq. 8)", " --positions 0", " --lambda-cae 0"),
+    ("places added to that", "", " --positions 0"),
     ("statistics (eq. 4)", "", " --lambda-fm 0"),
     ("noise in eq. 1", "", " --magnitudes 0 0 0 0"),
     ("eq. 1 instead of plain noise", "", " --no-cend"),
