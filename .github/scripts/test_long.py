@@ -165,4 +165,4 @@ def test_parts_are_compared_seed_by_seed():
     few = runs(" --no-cend", 60, 60)                    # too few to be shown
     _, _, *rows = tables.part_rows(full + steady + less + noisy + few)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3", "+2.7 ± 0.6"], ["3", "+1.0 ± 0.0"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"]]
+        ["3", "+1.0 ± 0.0"], ["3", "+2.7 ± 0.6"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"]]
