@@ -20,11 +20,11 @@ import detection
 import tables
 
 ASSETS = tables.ROOT / ".github/assets"
-RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 CURVES = [      # colour, what is drawn, script and flags in runs.csv
     ("C0", "ResNet-20: its teacher", "network, no run", "--teacher resnet20"),
-    ("C0", "ResNet-20: student", "cae_dfkd.py", RESNET20),
-    ("C2", "ResNet-20: student without eq. 8", "cae_dfkd.py", f"{RESNET20} --lambda-cae 0"),
+    ("C0", "ResNet-20: student", "cae_dfkd.py", tables.RESNET20),
+    ("C2", "ResNet-20: student without eq. 8", "cae_dfkd.py",
+     tables.RESNET20 + " --lambda-cae 0"),
     ("C1", "ResNet-18: its teacher, a ResNet-34", "network, no run", "--teacher resnet34"),
     ("C1", "ResNet-18: student", "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16")]
@@ -118,7 +118,9 @@ def draw_curves():
     figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for colour, name, script, flags in CURVES:
         chosen = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
-        for run in (r for r in chosen if r["accuracy_1017"]):           # not those that stopped
+        for run in chosen:
+            if not run["accuracy_1017"]:                # it was stopped
+                continue
             accuracy = float(run["accuracy_1017"])
             if not run["cycles"]:                       # a teacher
                 axes.axhline(accuracy, color=colour, linestyle="--", label=name)
@@ -127,7 +129,8 @@ def draw_curves():
             points = [(int(c), float(a)) for c, a in curve] + [(int(run["cycles"]), accuracy)]
             axes.plot(*zip(*points), color=colour, marker=".", label=name)
             name = None                                 # one label for all its runs
-    axes.set_title("Each line is a run, each dot a score (ResNet-20 student: 3 seeds, one of them twice)")
+    axes.set_title("Each line is a run, each dot a score "
+                   "(ResNet-20 student: 3 seeds, one of them twice)")
     axes.set_xlabel("cycle", fontsize=13)
     axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
     axes.legend(loc="lower right", fontsize=11)

@@ -27,7 +27,8 @@ NETWORKS = [
     ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without feature loss", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
-    ("*ResNet-34, teacher*", "ours, JPEG copies, 8 epochs", "network, no run", "--teacher resnet34"),
+    ("*ResNet-34, teacher*", "ours, JPEG copies, 8 epochs", "network, no run",
+     "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
     ("the same, older code, 10 cycles", None, "cae_dfkd.py",
@@ -109,7 +110,8 @@ def part_rows(runs):
 
     The last row is chance: of each seed that ran again, each later run less the first.
     """
-    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |", "|---|---|---|---|---|---|"]
+    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |",
+             "|---|---|---|---|---|---|"]
     for name, *flags in PARTS:
         with_part, without = (by_seed(scored_runs(runs, LONG + flag)) for flag in flags)
         pairs = [(with_part[seed], rows) for seed, rows in without.items() if seed in with_part]
