@@ -23,7 +23,7 @@ ASSETS = tables.ROOT / ".github/assets"
 CURVES = [      # colour, what is drawn, script and flags in runs.csv
     ("C0", "ResNet-20: its teacher", "network, no run", "--teacher resnet20"),
     ("C0", "ResNet-20: student", "cae_dfkd.py", tables.RESNET20),
-    ("C2", "ResNet-20: student without eq. 8", "cae_dfkd.py",
+    ("C2", "ResNet-20: student without the feature loss", "cae_dfkd.py",
      tables.RESNET20 + " --lambda-cae 0"),
     ("C1", "ResNet-18: its teacher, a ResNet-34", "network, no run", "--teacher resnet34"),
     ("C1", "ResNet-18: student", "cae_dfkd.py",
@@ -129,8 +129,8 @@ def draw_curves():
             points = [(int(c), float(a)) for c, a in curve] + [(int(run["cycles"]), accuracy)]
             axes.plot(*zip(*points), color=colour, marker=".", label=name)
             name = None                                 # one label for all its runs
-    axes.set_title("Each line is a run, each dot a score "
-                   "(ResNet-20 student: 3 seeds, one of them twice)")
+    axes.set_title("The feature loss helps most early "
+                   "(each line is a run; ResNet-20 student: 3 seeds, one of them twice)")
     axes.set_xlabel("cycle", fontsize=13)
     axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
     axes.legend(loc="lower right", fontsize=11)
