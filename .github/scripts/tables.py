@@ -31,7 +31,7 @@ NETWORKS = [
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
-    ("the same, older code, 10 cycles", None, "cae_dfkd.py",
+    ("ResNet-18, student of it, 10 cycles", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
