@@ -20,7 +20,7 @@ RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 RESULT = [      # what stands in the README, how it was trained, script, flags
     ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
     ("**ResNet-20, student**", None, "cae_dfkd.py", RESNET20),
-    ("student, feature loss of whole images", None, "cae_dfkd.py", RESNET20 + " --positions 0"),
+    ("student, feature loss without *places*", None, "cae_dfkd.py", RESNET20 + " --positions 0"),
     ("student without the feature loss", None, "cae_dfkd.py", RESNET20 + " --lambda-cae 0"),
     ("ResNet-20, not trained", "none", "network, no run", "--student resnet20")]
 NETWORKS = [
