@@ -31,9 +31,9 @@ NETWORKS = [
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
-    ("ResNet-18, 10 cycles", None, "cae_dfkd.py",
+    ("ResNet-18, 10 cycles: detects better", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
-    ("the same without feature loss, 10 cycles", None, "cae_dfkd.py",
+    ("ResNet-18, 10 cycles, no feature loss", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16 --lambda-cae 0"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
