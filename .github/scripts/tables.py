@@ -27,7 +27,7 @@ NETWORKS = [
     ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
     ("ResNet-8, student without feature loss", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
-    ("*ResNet-34, teacher*", "ours, JPEG copies, 8 epochs", "network, no run",
+    ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
