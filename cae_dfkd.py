@@ -10,8 +10,8 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Test accuracy in %, by which we chose settings (CIFAR: 1,017 images, 4 runs of 3 seeds; shapes: 1):
-     4 minutes, 2 cores, no flags (shapes)        teacher 99.60, student 94.25, untrained 8.75
+Test accuracy, %: teacher, student, untrained (CIFAR: 1,017 images, 4 runs of 3 seeds; shapes: 1)
+     4 minutes, 2 cores, no flags (shapes)                               99.60, 94.25, 8.75
     41 minutes, 1 core,  --dataset cifar10 --student resnet20 --bf16     91.6, 90.1 ± 0.6, 8.4
 
 Networks of your own need Python, and no images at all. Both must be on one device, and their last
@@ -62,7 +62,7 @@ eq  what                               where                            source
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours. Plain noise for eq. 1, no eq. 5,
-or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). They are some 90 lines.
+or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Their code has some 90 lines.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
@@ -98,7 +98,7 @@ from torchvision.models.resnet import BasicBlock
 SHAPES_PRESET = dict(teacher_epochs=5, cycles=10, kd_steps=100, student_lr=0.1,
                      lambda_fm=8.0, lambda_adv=0.0)             # eq. 5 is off
 STUDENTS = {"resnet34": "resnet18", "resnet50": "resnet18"}     # of other teachers: resnet8
-# The least value of a setting. Those that are not listed: 1 for an int, 0 for a float.
+# The least value of a setting. Those that are not listed: 1 for an int, else 0.
 LEAST = dict(image_size=8, seed=0, warmup_rounds=0, positions=0, kd_temperature=0.1, std=0.001)
 
 
@@ -284,7 +284,7 @@ def read(model, x):
     def look(module, inputs, output):
         if isinstance(module, nn.Linear):
             calls.append((module, inputs[0], output))
-        # Not maps: patches of a vision transformer, cut by a convolution, and its attention.
+        # Not maps: an image; patches, which a convolution cuts, and attention of transformers.
         cuts = isinstance(module, nn.Conv2d) and inputs[0].shape == x.shape
         no_map = cuts or isinstance(module, (nn.Dropout, nn.Softmax))
         if isinstance(output, Tensor) and output.ndim == 4 and not no_map:
