@@ -26,8 +26,9 @@ CURVES = [      # colour, what is drawn, script and flags in runs.csv
     ("C2", "ResNet-20: student without the feature loss", "cae_dfkd.py",
      tables.RESNET20 + " --lambda-cae 0"),
     ("C1", "ResNet-18: its teacher, a ResNet-34", "network, no run", "--teacher resnet34"),
-    ("C1", "ResNet-18: student", "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16")]
+    ("C1", "ResNet-18: student", "cae_dfkd.py", tables.RESNET18),
+    ("C3", "ResNet-18: student without the feature loss", "cae_dfkd.py",
+     tables.RESNET18 + " --lambda-cae 0")]
 
 
 def save(figure, name):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCORES = "accuracy_1017", "clothing", "scenes", "photos"            # columns of the tables
 LONG = "--dataset cifar10 --cycles 115 --bf16"
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
+RESNET18 = "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"
 RESULT = [      # what stands in the README, how it was trained, script, flags
     ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
     ("**ResNet-20, student**", None, "cae_dfkd.py", RESNET20),
@@ -29,12 +30,11 @@ NETWORKS = [
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
     ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
-    ("**ResNet-18, student of it**", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"),
+    ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
+    ("ResNet-18, student without feature loss", "on 1, then 2 cores, 1 seed", "cae_dfkd.py",
+     RESNET18 + " --lambda-cae 0"),
     ("ResNet-18, 10 cycles: detects better", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
-    ("ResNet-18, 10 cycles, no feature loss", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16 --lambda-cae 0"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
     ("features of whole images (eq. 8)", " --positions 0", " --lambda-cae 0"),
