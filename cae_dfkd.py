@@ -650,7 +650,7 @@ def student_step(state):
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
     parts to the teacher's: 12 to 16 AP50 more at shapes in a ResNet-8 and 20 (3 pairs of one code).
-    Not clear: whole images alone (3 seeds), all of eq. 8 in a ResNet-18 (1 seed). [our choice]"""
+    Not clear: whole images alone (3 seeds), eq. 8 in 115 cycles of a ResNet-18 (1). [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)

@@ -31,9 +31,9 @@ NETWORKS = [
     ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
-    ("ResNet-18, student without feature loss", "on 1, then 2 cores, 1 seed", "cae_dfkd.py",
+    ("ResNet-18, student without feature loss", "1, then 2 threads, 1 seed", "cae_dfkd.py",
      RESNET18 + " --lambda-cae 0"),
-    ("ResNet-18, 10 cycles: detects better", None, "cae_dfkd.py",
+    ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py",
      "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
