@@ -62,7 +62,7 @@ eq  what                               where                            source
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours. Plain noise for eq. 1, no eq. 5,
-or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Their code has some 90 lines.
+or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Their code: some 90 lines.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.

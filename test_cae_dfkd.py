@@ -711,7 +711,7 @@ def test_a_public_teacher_is_fetched_and_known_again(here, tmp_path, monkeypatch
         monkeypatch.setitem(C.PUBLIC_TEACHERS, "resnet8_shapes", row)
         assert main("--out run") == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"put it there as checkpoints/resnet8_shapes-{row[1] or 'public'}.pth" in error
+        assert f"checkpoints/resnet8_shapes-{row[1] or 'public'}.pth (put {row[0]} there)" in error
         assert [path.name for path in tmp_path.rglob("*.*")] == ["served.pth"]
     row = f"file://{tmp_path}/served.pth", digest, pair
     monkeypatch.setitem(C.PUBLIC_TEACHERS, "resnet8_shapes", row)
