@@ -118,7 +118,7 @@ class Config:
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
     probe_dataset: str = "shapes-unseen"    # data set of the linear probe, another or the same
-    image_size: int = 32                # in pixels; shapes-unseen takes 4 GB at 96, 21 GB at 224
+    image_size: int = 32                # in pixels; shapes-unseen takes 4 GB at 96, 22 GB at 224
     cycles: int = 115                   # cycles of synthesis and distillation
     eval_every: int = 25                # cycles between two scores on the test split
     seed: int = 0                       # seed of weights, noise and batches
@@ -158,7 +158,7 @@ class Config:
     def __post_init__(self):
         """ValueError for what would otherwise be wrong in silence, or only after hours."""
         self.student = self.student or STUDENTS.get(self.teacher, "resnet8")
-        self.out = self.resume or self.out or time.strftime("runs/%Y%m%d-%H%M%S")
+        self.out = self.resume or self.out or time.strftime("runs/%Y%m%d-%H%M%S")  # not in ==
         with blamed(f"device {self.device}"):
             torch.empty(0, device=self.device)
         for name, value in vars(self).items():
@@ -649,8 +649,8 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
-    parts to the teacher's: 12 to 16 AP50 more at shapes in a ResNet-8 and 20 (3 pairs of one code).
-    Not clear: whole images alone (3 seeds), eq. 8 in 115 cycles of a ResNet-18 (1). [our choice]"""
+    parts to the teacher's: 12 to 16 AP50 more at shapes in a ResNet-8 and 20 (115 cycles, 3 pairs).
+    Unclear there: whole images alone (3 seeds), all of eq. 8 in a ResNet-18 (1).   [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)
@@ -829,7 +829,7 @@ def load_data(dataset, split, config):
             data = datasets.ImageFolder(f"{dataset}/{split}", square)
         folders = {path.name for path in Path(dataset, "train").glob("*") if path.is_dir()}
         if len(data.classes) < 2 or folders not in (set(), set(data.classes)):
-            raise ValueError(f"train/ and test/ differ, or one class: {folders}")
+            raise ValueError("train/ and test/ differ, or one class")
         images, labels = zip(*DataLoader(data, 256))    # decoded once, kept in memory
     return TensorDataset(torch.cat(images), torch.cat(labels)), data.classes
 
@@ -967,7 +967,7 @@ def run(config, train=distill):
         student = Normalized(net, teacher.mean.cpu(), teacher.std.cpu()).to(config.device)
         state = State(teacher, student, config)
         scores = {"teacher": score("teacher", teacher, test, probe, config)}
-        print("low? see --mean, --std, stem (3x3, stride 1)")
+        print("low? check --mean, --std and the stem (3x3, stride 1)")
         scores["untrained"] = score("untrained", student, test, probe, config)
         train_and_log(state, test, train)
         utils.save_image(to_float(state.bank.images[-100:]), out / "samples.png", nrow=len(classes))
