@@ -9,6 +9,7 @@ paths), seed, processor, threads, precision, cycles, seconds, scores, note. Scor
 last state, in percent or AP50.
 """
 import csv
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +27,6 @@ RESULT = [      # what stands in the README, how it was trained, script, flags
     ("ResNet-20, not trained", "none", "network, no run", "--student resnet20")]
 NETWORKS = [
     ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
-    ("ResNet-8, student without feature loss", None, "cae_dfkd.py", LONG + " --lambda-cae 0"),
     ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
     ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
@@ -64,9 +64,9 @@ def spread(values, signed=False):
     return text.replace("-", "−")
 
 
-def network_rows(runs, networks):
+def network_rows(runs, title, networks):
     """A table of networks, a list of lines. Networks without a row in runs.csv are left out."""
-    lines = ["| network | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
+    lines = [f"| {title} | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
              "|---|---|---|---|---|---|"]
     for name, training, script, flags in networks:
         rows = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
@@ -129,19 +129,18 @@ def part_rows(runs):
 def main(argv):
     """Prints, writes or checks the tables -> exit code."""
     runs, readme = read_runs(), (ROOT / "README.md").read_text()
-    tables = {"result": network_rows(runs, RESULT), "networks": network_rows(runs, NETWORKS),
-              "parts": part_rows(runs)}
+    tables = (network_rows(runs, "network", RESULT),
+              network_rows(runs, "other networks", NETWORKS), part_rows(runs))
     new = readme
-    for name, lines in tables.items():
-        before, rest = new.split(f"<!-- {name} -->\n", 1)
-        old, after = rest.split("<!-- end -->", 1)
+    for lines in tables:
         table = "\n".join(lines) + "\n"
+        old = re.search(re.escape(lines[0]) + r"\n(\|.*\n)*", new)[0]     # from its first line on
         if "--check" in argv and old != table:
             theirs = set(old.splitlines()) ^ set(lines)
-            print(f"README, {name}: differs from runs.csv in", *sorted(theirs), sep="\n")
+            print("README differs from runs.csv in", *sorted(theirs), sep="\n")
         if not argv:
             print(table)
-        new = f"{before}<!-- {name} -->\n{table}<!-- end -->{after}"
+        new = new.replace(old, table)
     if "--write" in argv:
         (ROOT / "README.md").write_text(new)
     return int("--check" in argv and new != readme)
