@@ -1,9 +1,9 @@
 """The README's three pictures, in .github/assets. Needs matplotlib, which nothing else here does.
 
-    python .github/scripts/pictures.py [RUN [ARCH=]TEACHER]
+    python .github/scripts/pictures.py [STUDENT [ARCH=]TEACHER]
 
-RUN is the directory of a run, with student.pt and last.pt. Without arguments only curves.png is
-drawn, which shows the accuracies of .github/runs.csv.
+STUDENT is the student.pt of a run. If the run's last.pt is beside it, samples.png is drawn, too.
+Without arguments only curves.png is drawn, which shows the accuracies of .github/runs.csv.
 """
 # SPDX-License-Identifier: MIT
 import io
@@ -20,15 +20,14 @@ import detection
 import tables
 
 ASSETS = tables.ROOT / ".github/assets"
-CURVES = [      # colour, what is drawn, script and flags in runs.csv
-    ("C0", "ResNet-20: its teacher", "network, no run", "--teacher resnet20"),
-    ("C0", "ResNet-20: student", "cae_dfkd.py", tables.RESNET20),
-    ("C2", "ResNet-20: student without the feature loss", "cae_dfkd.py",
-     tables.RESNET20 + " --lambda-cae 0"),
-    ("C1", "ResNet-18: its teacher, a ResNet-34", "network, no run", "--teacher resnet34"),
-    ("C1", "ResNet-18: student", "cae_dfkd.py", tables.RESNET18),
-    ("C3", "ResNet-18: student without the feature loss", "cae_dfkd.py",
-     tables.RESNET18 + " --lambda-cae 0")]
+PAIRS = [       # title, flags of the teacher and of its student in runs.csv
+    ("ResNet-20 (4 runs, without: 3 each)", "--teacher resnet20", tables.RESNET20),
+    ("ResNet-18, whose teacher is a ResNet-34 (a run each)", "--teacher resnet34",
+     tables.RESNET18)]
+CURVES = [      # colour, line, name, further flags of the student
+    ("C0", "-", "student", ""),
+    ("C2", ":", "without places", " --positions 0"),
+    ("C1", "--", "without the feature loss", " --lambda-cae 0")]
 
 
 def save(figure, name):
@@ -61,9 +60,9 @@ def draw_boxes(axes, target, detections, right, names):
         colour, mark = ("lime", "✓") if is_right else ("red", "✗")
         axes.add_patch(plt.Rectangle((left, top), right_side - left, bottom - top, fill=False,
                                      edgecolor=colour, linewidth=2))
-        axes.text(max(left, 1), max(top, 11), f"{mark} {names[label]}", fontsize=9,
-                  verticalalignment="bottom",
-                  bbox=dict(facecolor=colour, edgecolor="none", pad=1))
+        axes.text(max(left, 1), max(top, 11), f"{mark} {names[label]}", fontsize=8,
+                  verticalalignment="bottom", clip_on=True,
+                  bbox=dict(facecolor=colour, edgecolor="none", pad=0.5))
 
 
 def surest(detections, n):
@@ -116,31 +115,28 @@ def draw_samples(run, columns=14):
 def draw_curves():
     """Accuracy by cycle of students, each line a run, beside their teachers."""
     runs = tables.read_runs()
-    figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
-    for colour, name, script, flags in CURVES:
-        chosen = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
-        for run in chosen:
-            if not run["accuracy_1017"]:                # it was stopped
-                continue
-            accuracy = float(run["accuracy_1017"])
-            if not run["cycles"]:                       # a teacher
-                axes.axhline(accuracy, color=colour, linestyle="--", label=name)
-                continue
-            curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
-            points = [(int(c), float(a)) for c, a in curve] + [(int(run["cycles"]), accuracy)]
-            axes.plot(*zip(*points), color=colour, marker=".", label=name)
-            name = None                                 # one label for all its runs
-    axes.set_title("The feature loss helps most early "
-                   "(each line is a run; ResNet-20 student: 3 seeds, one of them twice)")
-    axes.set_xlabel("cycle", fontsize=13)
-    axes.set_ylabel("accuracy on 1,017 images, %", fontsize=13)
-    axes.legend(loc="lower right", fontsize=11)
+    figure, grid = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for axes, (title, teacher, student) in zip(grid, PAIRS):
+        row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
+        axes.axhline(float(row["accuracy_1017"]), color="black", linewidth=1, label="teacher")
+        for colour, style, name, flags in CURVES:
+            for run in tables.scored_runs(runs, student + flags):
+                curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
+                points = [*curve, (run["cycles"], run["accuracy_1017"])]
+                cycles, accuracies = zip(*((int(c), float(a)) for c, a in points))
+                axes.plot(cycles, accuracies, color=colour, linestyle=style, marker=".", label=name)
+                name = None                             # one label for all its runs
+        axes.set_title(title, fontsize=13)
+        axes.set_xlabel("cycle", fontsize=13)
+        axes.legend(loc="lower right", fontsize=12)
+    grid[0].set_ylabel("accuracy on 1,017 images, %", fontsize=13)
     save(figure, "curves.png")
 
 
 if __name__ == "__main__":
     draw_curves()
     if sys.argv[1:]:
-        run, teacher = Path(sys.argv[1]), sys.argv[2]
-        draw_samples(run)
-        draw_detections(str(run / "student.pt"), teacher)
+        student, teacher = sys.argv[1:]
+        if (Path(student).parent / "last.pt").exists():
+            draw_samples(Path(student).parent)
+        draw_detections(student, teacher)

@@ -19,6 +19,7 @@ SCORES = "accuracy_1017", "clothing", "scenes", "photos"            # columns of
 LONG = "--dataset cifar10 --cycles 115 --bf16"
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 RESNET18 = "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"
+SHORT18 = "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"
 RESULT = [      # what stands in the README, how it was trained, script, flags
     ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
     ("**ResNet-20, student**", None, "cae_dfkd.py", RESNET20),
@@ -33,8 +34,7 @@ NETWORKS = [
     ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
     ("ResNet-18, student without feature loss", "1, then 2 threads, 1 seed", "cae_dfkd.py",
      RESNET18 + " --lambda-cae 0"),
-    ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py",
-     "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"),
+    ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 PARTS = [       # what stands in the README, flags of the runs with the part, and without it
     ("features of whole images (eq. 8)", " --positions 0", " --lambda-cae 0"),
@@ -45,6 +45,13 @@ PARTS = [       # what stands in the README, flags of the runs with the part, an
     ("adversary (eq. 5)", "", " --lambda-adv 0"),
     ("contrast (eq. 9)", "", " --lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
+SAME = "seed", "commit", "processor"    # what a pair has in common
+ELSEWHERE = [   # other networks: name, what a pair has in common, flags with the part, without it
+    ("ResNet-20: eq. 8, same code and CPU", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
+    ("ResNet-18, only 10 cycles: eq. 8, same code and CPU", SAME,
+     SHORT18, SHORT18 + " --lambda-cae 0"),
+    ("ResNet-18: eq. 8, other code and CPU", SAME[:1], RESNET18, RESNET18 + " --lambda-cae 0"),
+    ("ResNet-18: places, other code and CPU", SAME[:1], RESNET18, RESNET18 + " --positions 0")]
 
 
 def read_runs():
@@ -88,11 +95,11 @@ def scored_runs(runs, flags):
     return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
 
 
-def by_seed(runs):
-    """Runs -> dict from a seed to its runs."""
+def grouped(runs, columns=("seed",)):
+    """Runs -> dict from what stands in these columns to its runs."""
     groups = {}
     for run in runs:
-        groups.setdefault(run["seed"], []).append(run)
+        groups.setdefault(tuple(run[column] for column in columns), []).append(run)
     return groups
 
 
@@ -110,19 +117,28 @@ def part_row(name, pairs):
 def part_rows(runs):
     """The table of parts: for each seed the mean of all runs with the part, less that without it.
 
-    The last row is chance: of each seed that ran again, each later run less the first.
+    The row of chance: of each seed that ran again, each later run less the first.
     """
     lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |",
              "|---|---|---|---|---|---|"]
+
+    def pairs_of(with_flags, without_flags, columns=("seed",)):
+        with_part = grouped(scored_runs(runs, with_flags), columns)
+        without = grouped(scored_runs(runs, without_flags), columns)
+        return [(with_part[key], rows) for key, rows in without.items() if key in with_part]
+
     for name, *flags in PARTS:
-        with_part, without = (by_seed(scored_runs(runs, LONG + flag)) for flag in flags)
-        pairs = [(with_part[seed], rows) for seed, rows in without.items() if seed in with_part]
+        pairs = pairs_of(*(LONG + flag for flag in flags))
         if len(pairs) >= FEWEST:
             lines.append(part_row(name, pairs))
-    again = [([later], [first]) for first, *rest in by_seed(scored_runs(runs, LONG)).values()
+    again = [([later], [first]) for first, *rest in grouped(scored_runs(runs, LONG)).values()
              for later in rest]
     if again:
         lines.append(part_row("*chance: the same seeds again*", again))
+    for name, columns, *flags in ELSEWHERE:
+        pairs = pairs_of(*flags, columns)
+        if pairs:
+            lines.append(part_row(name, pairs))
     return lines
 
 

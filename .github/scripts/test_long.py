@@ -154,8 +154,8 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
 
 
 def test_parts_are_compared_seed_by_seed():
-    def runs(flags, *values):
-        row = {"script": "cae_dfkd.py", "flags": tables.LONG + flags}
+    def runs(flags, *values, base=tables.LONG, commit="a"):
+        row = {"script": "cae_dfkd.py", "flags": base + flags, "commit": commit, "processor": "b"}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
     full = runs("", 50, 60, 70) + runs("", 54)          # seed 0 ran twice
@@ -163,6 +163,9 @@ def test_parts_are_compared_seed_by_seed():
     less = runs(" --lambda-cae 0", 48, 57, 66)          # is compared with `steady`
     noisy = runs(" --lambda-fm 0", 51, 50, 61)
     few = runs(" --no-cend", 60, 60)                    # too few to be shown
-    _, _, *rows = tables.part_rows(full + steady + less + noisy + few)
+    other = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
+    other += runs(" --lambda-cae 0", 54, base=tables.RESNET20)          # is compared with commit a
+    _, _, *rows = tables.part_rows(full + steady + less + noisy + few + other)
     assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3", "+1.0 ± 0.0"], ["3", "+2.7 ± 0.6"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"]]
+        ["3", "+1.0 ± 0.0"], ["3", "+2.7 ± 0.6"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"],
+        ["1", "−4.0"]]
