@@ -32,7 +32,7 @@ NETWORKS = [
     ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
-    ("ResNet-18, student without feature loss", "1, then 2 threads, 1 seed", "cae_dfkd.py",
+    ("ResNet-18, student without feature loss", "1 seed", "cae_dfkd.py",
      RESNET18 + " --lambda-cae 0"),
     ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
@@ -46,12 +46,15 @@ PARTS = [       # what stands in the README, flags of the runs with the part, an
     ("contrast (eq. 9)", "", " --lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
 SAME = "seed", "commit", "processor"    # what a pair has in common
-ELSEWHERE = [   # other networks: name, what a pair has in common, flags with the part, without it
-    ("ResNet-20: eq. 8, same code and CPU", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
-    ("ResNet-18, only 10 cycles: eq. 8, same code and CPU", SAME,
+ELSEWHERE = [   # single pairs: name, what they have in common, flags with the part, without it
+    ("decoupled training, in 25 minutes, not 90", SAME[:1], LONG, LONG + " --no-decoupled"),
+    ("light generator, in 25 minutes, not 65", SAME[:1],
+     LONG, LONG + " --generator-width 128 --synth-steps 30"),
+    ("all of eq. 8 in a ResNet-20, same code and CPU", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
+    ("all of eq. 8 in a ResNet-18, same code and CPU, only 10 cycles", SAME,
      SHORT18, SHORT18 + " --lambda-cae 0"),
-    ("ResNet-18: eq. 8, other code and CPU", SAME[:1], RESNET18, RESNET18 + " --lambda-cae 0"),
-    ("ResNet-18: places, other code and CPU", SAME[:1], RESNET18, RESNET18 + " --positions 0")]
+    ("all of eq. 8 in a ResNet-18", SAME[:1], RESNET18, RESNET18 + " --lambda-cae 0"),
+    ("of that, places", SAME[:1], RESNET18, RESNET18 + " --positions 0")]
 
 
 def read_runs():
@@ -134,7 +137,7 @@ def part_rows(runs):
     again = [([later], [first]) for first, *rest in grouped(scored_runs(runs, LONG)).values()
              for later in rest]
     if again:
-        lines.append(part_row("*chance: the same seeds again*", again))
+        lines.append(part_row("*chance: the same seeds again, often on another CPU*", again))
     for name, columns, *flags in ELSEWHERE:
         pairs = pairs_of(*flags, columns)
         if pairs:
