@@ -40,15 +40,15 @@ PARTS = [       # what stands in the README, flags of the runs with the part, an
     ("features of whole images (eq. 8)", " --positions 0", " --lambda-cae 0"),
     ("places added to that", "", " --positions 0"),
     ("statistics (eq. 4)", "", " --lambda-fm 0"),
-    ("noise in eq. 1 (without it: 10 images a cycle, not 128)", "", " --magnitudes 0 0 0 0"),
+    ("noise in eq. 1 (and 128 images a cycle, not 10)", "", " --magnitudes 0 0 0 0"),
     ("eq. 1 instead of plain noise", "", " --no-cend"),
     ("adversary (eq. 5)", "", " --lambda-adv 0"),
     ("contrast (eq. 9)", "", " --lambda-cncl 0")]
 FEWEST = 3      # pairs of a part that the README shows
 SAME = "seed", "commit", "processor"    # what a pair has in common
 ELSEWHERE = [   # single pairs: name, what they have in common, flags with the part, without it
-    ("decoupled training, in 25 minutes, not 90", SAME[:1], LONG, LONG + " --no-decoupled"),
-    ("light generator, in 25 minutes, not 65", SAME[:1],
+    ("*decoupled* phases, not single steps in turn: 25 minutes, not 90", SAME[:1], LONG, LONG + " --no-decoupled"),
+    ("*light* generator: 64 channels, 12 steps, not 128, 30: 25 minutes, not 65", SAME[:1],
      LONG, LONG + " --generator-width 128 --synth-steps 30"),
     ("all of eq. 8 in a ResNet-20, same code and CPU", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
     ("all of eq. 8 in a ResNet-18, same code and CPU, only 10 cycles", SAME,
