@@ -36,25 +36,29 @@ NETWORKS = [
      RESNET18 + " --lambda-cae 0"),
     ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
-PARTS = [       # what stands in the README, flags of the runs with the part, and without it
-    ("features of whole images (eq. 8)", " --positions 0", " --lambda-cae 0"),
-    ("places added to that", "", " --positions 0"),
-    ("statistics (eq. 4)", "", " --lambda-fm 0"),
-    ("noise in eq. 1 (and 128 images a cycle, not 10)", "", " --magnitudes 0 0 0 0"),
-    ("eq. 1 instead of plain noise", "", " --no-cend"),
-    ("adversary (eq. 5)", "", " --lambda-adv 0"),
-    ("contrast (eq. 9)", "", " --lambda-cncl 0")]
-FEWEST = 3      # pairs of a part that the README shows
-SAME = "seed", "commit", "processor"    # what a pair has in common
-ELSEWHERE = [   # single pairs: name, what they have in common, flags with the part, without it
-    ("*decoupled* phases, not single steps in turn: 25 minutes, not 90", SAME[:1], LONG, LONG + " --no-decoupled"),
-    ("*light* generator: 64 channels, 12 steps, not 128, 30: 25 minutes, not 65", SAME[:1],
+SHORT8 = "--dataset cifar10 --cycles 8 --bf16"
+SEED = ("seed",)                            # what the runs of a pair have in common
+SAME = "seed", "commit", "processor"
+PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the part, without it
+    ("eq. 8, whole images", "ResNet-8, 115", SEED,
+     LONG + " --positions 0", LONG + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-8, 115", SEED, LONG, LONG + " --positions 0"),
+    ("eq. 4, statistics", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-fm 0"),
+    ("eq. 1, noise: 128 images a cycle, not 10", "ResNet-8, 115", SEED,
+     LONG, LONG + " --magnitudes 0 0 0 0"),
+    ("eq. 1, category vectors", "ResNet-8, 115", SEED, LONG, LONG + " --no-cend"),
+    ("eq. 5, adversary", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-adv 0"),
+    ("eq. 9, contrast", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-cncl 0"),
+    ("decoupled phases: 25 minutes, not 90", "ResNet-8, 115", SEED, LONG, LONG + " --no-decoupled"),
+    ("light generator: 25 minutes, not 65", "ResNet-8, 115", SEED,
      LONG, LONG + " --generator-width 128 --synth-steps 30"),
-    ("all of eq. 8 in a ResNet-20, same code and CPU", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
-    ("all of eq. 8 in a ResNet-18, same code and CPU, only 10 cycles", SAME,
-     SHORT18, SHORT18 + " --lambda-cae 0"),
-    ("all of eq. 8 in a ResNet-18", SAME[:1], RESNET18, RESNET18 + " --lambda-cae 0"),
-    ("of that, places", SAME[:1], RESNET18, RESNET18 + " --positions 0")]
+    ("*chance: the same run again*", "ResNet-8, 115", None, LONG, LONG),
+    ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, LONG, LONG + " --positions 0"),
+    ("eq. 8, both", "ResNet-8, 8", SEED, SHORT8, SHORT8 + " --lambda-cae 0"),
+    ("eq. 8, both", "ResNet-20, 115, *same*", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
+    ("eq. 8, both", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --lambda-cae 0"),
+    ("eq. 8, both", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --positions 0")]
 
 
 def read_runs():
@@ -98,7 +102,7 @@ def scored_runs(runs, flags):
     return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
 
 
-def grouped(runs, columns=("seed",)):
+def grouped(runs, columns):
     """Runs -> dict from what stands in these columns to its runs."""
     groups = {}
     for run in runs:
@@ -111,37 +115,29 @@ def mean_of(rows, score):
     return statistics.mean(float(r[score]) for r in rows)
 
 
-def part_row(name, pairs):
-    """name, pairs (runs with the part, runs without it) -> a line of the table of parts."""
-    cells = [spread([mean_of(a, s) - mean_of(b, s) for a, b in pairs], signed=True) for s in SCORES]
-    return " | ".join([f"| {name}", str(len(pairs)), *cells]) + " |"
+def pairs_of(with_part, without, columns):
+    """Pairs (runs with the part, runs without it) that agree in these columns.
+
+    Without columns both are the same runs: of each seed, each later run and the first.
+    """
+    if columns is None:
+        return [([later], [first]) for first, *rest in grouped(without, SEED).values()
+                for later in rest]
+    with_part = grouped(with_part, columns)
+    return [(with_part[key], rows) for key, rows in grouped(without, columns).items()
+            if key in with_part]
 
 
 def part_rows(runs):
-    """The table of parts: for each seed the mean of all runs with the part, less that without it.
-
-    The row of chance: of each seed that ran again, each later run less the first.
-    """
-    lines = ["| part | pairs | CIFAR-10 | clothing | scenes | photos |",
-             "|---|---|---|---|---|---|"]
-
-    def pairs_of(with_flags, without_flags, columns=("seed",)):
-        with_part = grouped(scored_runs(runs, with_flags), columns)
-        without = grouped(scored_runs(runs, without_flags), columns)
-        return [(with_part[key], rows) for key, rows in without.items() if key in with_part]
-
-    for name, *flags in PARTS:
-        pairs = pairs_of(*(LONG + flag for flag in flags))
-        if len(pairs) >= FEWEST:
-            lines.append(part_row(name, pairs))
-    again = [([later], [first]) for first, *rest in grouped(scored_runs(runs, LONG)).values()
-             for later in rest]
-    if again:
-        lines.append(part_row("*chance: the same seeds again, often on another CPU*", again))
-    for name, columns, *flags in ELSEWHERE:
-        pairs = pairs_of(*flags, columns)
+    """The table of parts: the mean of all runs with the part, less that of the runs without it."""
+    lines = ["| part | student, cycles | pairs | CIFAR-10 | clothing | scenes | photos |",
+             "|---|---|---|---|---|---|---|"]
+    for part, student, columns, *flags in PARTS:
+        pairs = pairs_of(*(scored_runs(runs, f) for f in flags), columns)
+        cells = [spread([mean_of(a, score) - mean_of(b, score) for a, b in pairs], signed=True)
+                 for score in SCORES]
         if pairs:
-            lines.append(part_row(name, pairs))
+            lines.append(" | ".join([f"| {part}", student, str(len(pairs)), *cells]) + " |")
     return lines
 
 

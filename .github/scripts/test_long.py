@@ -162,10 +162,10 @@ def test_parts_are_compared_seed_by_seed():
     steady = runs(" --positions 0", 49, 58, 67)
     less = runs(" --lambda-cae 0", 48, 57, 66)          # is compared with `steady`
     noisy = runs(" --lambda-fm 0", 51, 50, 61)
-    few = runs(" --no-cend", 60, 60)                    # too few to be shown
     other = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
     other += runs(" --lambda-cae 0", 54, base=tables.RESNET20)          # is compared with commit a
-    _, _, *rows = tables.part_rows(full + steady + less + noisy + few + other)
-    assert [row.split(" | ")[1:3] for row in rows] == [
-        ["3", "+1.0 ± 0.0"], ["3", "+2.7 ± 0.6"], ["3", "+6.7 ± 4.9"], ["1", "+4.0"],
-        ["1", "−4.0"]]
+    _, _, *rows = tables.part_rows(full + steady + less + noisy + other)
+    assert [row.split(" | ")[1:4] for row in rows] == [
+        ["ResNet-8, 115", "3", "+1.0 ± 0.0"], ["ResNet-8, 115", "3", "+2.7 ± 0.6"],
+        ["ResNet-8, 115", "3", "+6.7 ± 4.9"], ["ResNet-8, 115", "1", "+4.0"],
+        ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"], ["ResNet-20, 115, *same*", "1", "−4.0"]]
