@@ -21,8 +21,8 @@ import tables
 
 ASSETS = tables.ROOT / ".github/assets"
 PAIRS = [       # title, flags of the teacher and of its student in runs.csv
-    ("ResNet-20 (4 runs, without: 3 each)", "--teacher resnet20", tables.RESNET20),
-    ("ResNet-18, whose teacher is a ResNet-34 (a run each)", "--teacher resnet34",
+    ("ResNet-20: 4 runs, 3 without places, 3 without the loss", "--teacher resnet20", tables.RESNET20),
+    ("ResNet-18, teacher ResNet-34: one run each", "--teacher resnet34",
      tables.RESNET18)]
 CURVES = [      # colour, line, name, further flags of the student
     ("C0", "-", "student", ""),
@@ -85,7 +85,7 @@ def draw_detections(student, teacher, columns=6):
     train, test, names = detection.load_detection("scenes")
     objects = sum(len(target["boxes"]) for _, target in test)
     figure, grid = plt.subplots(3, columns, figsize=(11, 5.6), layout="constrained")
-    for row, title, network in zip(grid, ("student", "teacher", "not trained"), networks):
+    for row, title, network in zip(grid, ("student, a run", "teacher", "not trained"), networks):
         probe = detection.detection_probe(network, train, test, categories=names)
         guesses = surest(probe["detections"], objects)
         right = [right_ones(some, target) for some, (_, target) in zip(guesses, test)]
@@ -94,7 +94,7 @@ def draw_detections(student, teacher, columns=6):
             axes.set(xticks=[], yticks=[])
             draw_boxes(axes, target, some, marks, names)
         share = 100 * torch.cat(right).sum() / objects
-        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % found", fontsize=12)
+        row[0].set_ylabel(f"{title}\nAP50 {probe['ap50']:.1f}\n{share:.0f} % right", fontsize=12)
     save(figure, "detection.png")
 
 
@@ -126,7 +126,7 @@ def draw_curves():
                 cycles, accuracies = zip(*((int(c), float(a)) for c, a in points))
                 axes.plot(cycles, accuracies, color=colour, linestyle=style, marker=".", label=name)
                 name = None                             # one label for all its runs
-        axes.set_title(title, fontsize=13)
+        axes.set_title(title, fontsize=12)
         axes.set_xlabel("cycle", fontsize=13)
         axes.legend(loc="lower right", fontsize=12)
     grid[0].set_ylabel("accuracy on 1,017 images, %", fontsize=13)
