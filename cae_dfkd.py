@@ -649,7 +649,7 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
-    parts to the teacher's: 12 to 16 AP50 more at shapes (115 cycles; ResNet-8, 20; 3 equal pairs).
+    parts to the teacher's: 12 to 16 AP50 more at shapes (115 cycles, 3 pairs of equal code).
     Unclear there: whole images alone (3 seeds), all of eq. 8 in a ResNet-18 (1).   [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)

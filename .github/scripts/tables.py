@@ -28,11 +28,10 @@ RESULT = [      # what stands in the README, how it was trained, script, flags
     ("ResNet-20, not trained", "none", "network, no run", "--student resnet20")]
 NETWORKS = [
     ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
-    ("ResNet-8, not trained", "none", "network, no run", "--student resnet8"),
     ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
      "--teacher resnet34"),
     ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
-    ("ResNet-18, student without feature loss", "1 seed", "cae_dfkd.py",
+    ("ResNet-18, student without feature loss", "1 run", "cae_dfkd.py",
      RESNET18 + " --lambda-cae 0"),
     ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
@@ -49,15 +48,17 @@ PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the
     ("eq. 1, category vectors", "ResNet-8, 115", SEED, LONG, LONG + " --no-cend"),
     ("eq. 5, adversary", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-adv 0"),
     ("eq. 9, contrast", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-cncl 0"),
-    ("decoupled: (1), then (2); 25 minutes, not 90", "ResNet-8, 115", SEED,
+    ("phases (1), (2) decoupled; 25 minutes, not 90", "ResNet-8, 115", SEED,
      LONG, LONG + " --no-decoupled"),
     ("light generator; 25 minutes, not 65", "ResNet-8, 115", SEED,
      LONG, LONG + " --generator-width 128 --synth-steps 30"),
-    ("*chance: the same run again*", "ResNet-8, 115", None, LONG, LONG),
+    ("*chance: same seed, other code*", "ResNet-8, 115", None, LONG, LONG),
     ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, LONG, LONG + " --positions 0"),
     ("eq. 8, both", "ResNet-8, 8", SEED, SHORT8, SHORT8 + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-20, 115", SEED, RESNET20, RESNET20 + " --positions 0"),
     ("eq. 8, both", "ResNet-20, 115, *same*", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
     ("eq. 8, both", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --positions 0"),
     ("eq. 8, both", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --lambda-cae 0"),
     ("eq. 8, places added", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --positions 0")]
 
