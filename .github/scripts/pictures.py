@@ -21,9 +21,13 @@ import tables
 
 ASSETS = tables.ROOT / ".github/assets"
 PAIRS = [       # title, flags of the teacher and of its student in runs.csv
-    ("ResNet-20: 4 runs, 3 without places, 3 without the loss", "--teacher resnet20", tables.RESNET20),
-    ("ResNet-18, teacher ResNet-34: one run each", "--teacher resnet34",
+    ("ResNet-20: each line is a run", "--teacher resnet20", tables.RESNET20),
+    ("ResNet-18: each line is a run", "--teacher resnet34",
      tables.RESNET18)]
+STUDENTS = [    # the same for dots
+    ("ResNet-8", "--teacher resnet20", tables.LONG),
+    ("ResNet-20", "--teacher resnet20", tables.RESNET20),
+    ("ResNet-18", "--teacher resnet34", tables.RESNET18)]
 CURVES = [      # colour, line, name, further flags of the student
     ("C0", "-", "student", ""),
     ("C2", ":", "without places", " --positions 0"),
@@ -112,10 +116,23 @@ def draw_samples(run, columns=14):
     save(figure, "samples.png")
 
 
+def draw_scenes(axes, runs):
+    """AP50 at scenes of students of 115 cycles, each dot a run, beside their teachers."""
+    for i, (title, teacher, student) in enumerate(STUDENTS):
+        row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
+        axes.hlines(float(row["scenes"]), i - 0.4, i + 0.4, color="black", linewidth=1)
+        for shift, (colour, _, _, flags) in zip((-0.25, 0, 0.25), CURVES):
+            scenes = [float(r["scenes"]) for r in tables.scored_runs(runs, student + flags)]
+            axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
+    axes.set_xticks(range(len(STUDENTS)), [title for title, *_ in STUDENTS], fontsize=12)
+    axes.set_title("AP50 at scenes after 115 cycles", fontsize=12)
+
+
 def draw_curves():
-    """Accuracy by cycle of students, each line a run, beside their teachers."""
+    """Accuracy by cycle of students, each line a run, beside their teachers; and scenes."""
     runs = tables.read_runs()
-    figure, grid = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    figure, (*grid, scenes) = plt.subplots(1, 3, figsize=(13.5, 4), layout="constrained")
+    draw_scenes(scenes, runs)
     for axes, (title, teacher, student) in zip(grid, PAIRS):
         row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
         axes.axhline(float(row["accuracy_1017"]), color="black", linewidth=1, label="teacher")
@@ -126,6 +143,7 @@ def draw_curves():
                 cycles, accuracies = zip(*((int(c), float(a)) for c, a in points))
                 axes.plot(cycles, accuracies, color=colour, linestyle=style, marker=".", label=name)
                 name = None                             # one label for all its runs
+        axes.set_ylim(40, 93)
         axes.set_title(title, fontsize=12)
         axes.set_xlabel("cycle", fontsize=13)
         axes.legend(loc="lower right", fontsize=12)

@@ -39,28 +39,28 @@ SHORT8 = "--dataset cifar10 --cycles 8 --bf16"
 SEED = ("seed",)                            # what the runs of a pair have in common
 SAME = "seed", "commit", "processor"
 PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the part, without it
+    ("eq. 8, both", "ResNet-8, 8", SEED, SHORT8, SHORT8 + " --lambda-cae 0"),
     ("eq. 8, whole images", "ResNet-8, 115", SEED,
      LONG + " --positions 0", LONG + " --lambda-cae 0"),
     ("eq. 8, places added", "ResNet-8, 115", SEED, LONG, LONG + " --positions 0"),
+    ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, LONG, LONG + " --positions 0"),
+    ("eq. 8, places added", "ResNet-20, 115", SEED, RESNET20, RESNET20 + " --positions 0"),
+    ("eq. 8, both", "ResNet-20, 115, *same*", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
+    ("eq. 8, both", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --positions 0"),
+    ("eq. 8, both", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --lambda-cae 0"),
+    ("eq. 8, places added", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --positions 0"),
     ("eq. 4, statistics", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-fm 0"),
     ("eq. 1, noise (without: 10 images a cycle)", "ResNet-8, 115", SEED,
      LONG, LONG + " --magnitudes 0 0 0 0"),
     ("eq. 1, category vectors", "ResNet-8, 115", SEED, LONG, LONG + " --no-cend"),
     ("eq. 5, adversary", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-adv 0"),
     ("eq. 9, contrast", "ResNet-8, 115", SEED, LONG, LONG + " --lambda-cncl 0"),
-    ("phases (1), (2) decoupled; 25 minutes, not 90", "ResNet-8, 115", SEED,
+    ("decoupled: (2) after (1), not in turns; 25 minutes, not 90", "ResNet-8, 115", SEED,
      LONG, LONG + " --no-decoupled"),
     ("light generator; 25 minutes, not 65", "ResNet-8, 115", SEED,
      LONG, LONG + " --generator-width 128 --synth-steps 30"),
-    ("*chance: same seed, other code*", "ResNet-8, 115", None, LONG, LONG),
-    ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, LONG, LONG + " --positions 0"),
-    ("eq. 8, both", "ResNet-8, 8", SEED, SHORT8, SHORT8 + " --lambda-cae 0"),
-    ("eq. 8, places added", "ResNet-20, 115", SEED, RESNET20, RESNET20 + " --positions 0"),
-    ("eq. 8, both", "ResNet-20, 115, *same*", SAME, RESNET20, RESNET20 + " --lambda-cae 0"),
-    ("eq. 8, both", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --lambda-cae 0"),
-    ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, SHORT18, SHORT18 + " --positions 0"),
-    ("eq. 8, both", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --lambda-cae 0"),
-    ("eq. 8, places added", "ResNet-18, 115", SEED, RESNET18, RESNET18 + " --positions 0")]
+    ("*chance: same seed, other code*", "ResNet-8, 115", None, LONG, LONG)]
 
 
 def read_runs():

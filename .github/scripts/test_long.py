@@ -167,5 +167,5 @@ def test_parts_are_compared_seed_by_seed():
     _, _, *rows = tables.part_rows(full + steady + less + noisy + other)
     assert [row.split(" | ")[1:4] for row in rows] == [
         ["ResNet-8, 115", "3", "+1.0 ± 0.0"], ["ResNet-8, 115", "3", "+2.7 ± 0.6"],
-        ["ResNet-8, 115", "3", "+6.7 ± 4.9"], ["ResNet-8, 115", "1", "+4.0"],
-        ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"], ["ResNet-20, 115, *same*", "1", "−4.0"]]
+        ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"], ["ResNet-20, 115, *same*", "1", "−4.0"],
+        ["ResNet-8, 115", "3", "+6.7 ± 4.9"], ["ResNet-8, 115", "1", "+4.0"]]
