@@ -125,7 +125,7 @@ def draw_scenes(axes, runs):
             scenes = [float(r["scenes"]) for r in tables.scored_runs(runs, student + flags)]
             axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
     axes.set_xticks(range(len(STUDENTS)), [title for title, *_ in STUDENTS], fontsize=12)
-    axes.set_title("AP50 at scenes after 115 cycles", fontsize=12)
+    axes.set_title("AP50 at scenes after 115 cycles (same colours)", fontsize=12)
 
 
 def draw_curves():
