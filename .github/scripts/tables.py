@@ -59,7 +59,7 @@ PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the
     ("eq. 9, contrast", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-cncl 0")),
     ("decoupled (else single steps in turns); 25 minutes, not 90", "ResNet-8, 115", SEED,
      (LONG, LONG + " --no-decoupled")),
-    ("light generator (else twice as wide); 25 minutes, not 65", "ResNet-8, 115", SEED,
+    ("light generator (else twice as wide, 30 steps); 25 minutes, not 65", "ResNet-8, 115", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30")),
     ("*chance: same seed, other code*", "ResNet-8, 115", None, (LONG, LONG))]
 
@@ -138,7 +138,7 @@ def differences(runs, columns, flags):
 
 
 def part_rows(runs):
-    """The table of parts. Bold is a mean beyond twice the standard deviation of the last row."""
+    """The table of parts. Bold is a mean beyond three standard deviations of the last row."""
     lines = ["| part | student, cycles | pairs | CIFAR-10 | clothing | scenes | photos |",
              "|---|---|---|---|---|---|---|"]
     chance = differences(runs, *PARTS[-1][2:4])
@@ -147,7 +147,7 @@ def part_rows(runs):
         for score, values in differences(runs, columns, flags).items():
             cell = spread(values, signed=True)
             if values and len(chance[score]) > 1:
-                clear = abs(statistics.mean(values)) > 2 * statistics.stdev(chance[score])
+                clear = abs(statistics.mean(values)) > 3 * statistics.stdev(chance[score])
                 cell = f"**{cell}**" if clear else cell
             cells.append(cell)
         if values:
