@@ -89,7 +89,7 @@ def draw_detections(student, teacher, columns=6):
     train, test, names = detection.load_detection("scenes")
     objects = sum(len(target["boxes"]) for _, target in test)
     figure, grid = plt.subplots(3, columns, figsize=(11, 5.6), layout="constrained")
-    for row, title, network in zip(grid, ("student, a run", "teacher", "not trained"), networks):
+    for row, title, network in zip(grid, ("student (1 of 4)", "teacher", "not trained"), networks):
         probe = detection.detection_probe(network, train, test, categories=names)
         guesses = surest(probe["detections"], objects)
         right = [right_ones(some, target) for some, (_, target) in zip(guesses, test)]
@@ -124,6 +124,7 @@ def draw_scenes(axes, runs):
         for shift, (colour, _, _, flags) in zip((-0.25, 0, 0.25), CURVES):
             scenes = [float(r["scenes"]) for r in tables.scored_runs(runs, student + flags)]
             axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
+    axes.set_ylim(0, 80)
     axes.set_xticks(range(len(STUDENTS)), [title for title, *_ in STUDENTS], fontsize=12)
     axes.set_title("AP50 at scenes after 115 cycles (same colours)", fontsize=12)
 
