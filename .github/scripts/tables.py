@@ -36,16 +36,17 @@ NETWORKS = [
     ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
     ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
 SHORT8 = "--dataset cifar10 --cycles 8 --bf16"
-SEED = ("seed",)                            # what the runs of a pair have in common
+SEED = ("seed",)                            # what the runs of a pair share
 SAME = "seed", "commit", "processor"
-PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the part, without it
+PARTS = [       # part, student and cycles, what a pair shares, flags with the part and without
     ("eq. 8, both", "ResNet-8, 8", SEED, (SHORT8, SHORT8 + " --lambda-cae 0")),
     ("eq. 8, whole images", "ResNet-8, 115", SEED,
      (LONG + " --positions 0", LONG + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, (LONG, LONG + " --positions 0")),
     ("eq. 8, whole images", "ResNet-20, 115", SEED,
      (RESNET20 + " --positions 0", RESNET20 + " --lambda-cae 0")),
-    ("eq. 8, places added", "ResNet-20, 115", SEED, (RESNET20, RESNET20 + " --positions 0")),
+    ("eq. 8, places added", "ResNet-20, 115, same code", SAME[:2],
+     (RESNET20, RESNET20 + " --positions 0")),
     ("eq. 8, both", "ResNet-20, 115, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
     ("eq. 8, both", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --positions 0")),
@@ -58,9 +59,9 @@ PARTS = [       # part, student and cycles, SEED or SAME, flags of runs with the
      (LONG, LONG + " --no-cend")),
     ("eq. 5, adversary", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-cncl 0")),
-    ("decoupled (else single steps in turns); 25 minutes, not 90", "ResNet-8, 115", SEED,
+    ("decoupled: 12 steps, then 80 (else in turns; 90 minutes, not 25)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --no-decoupled")),
-    ("light generator (else twice as wide, 30 steps); 25 minutes, not 65", "ResNet-8, 115", SEED,
+    ("light generator (else twice as wide, 30 steps; 65 minutes)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30")),
     ("*chance: same seed, other code or CPU*", "ResNet-8, 115", None, (LONG, LONG))]
 
