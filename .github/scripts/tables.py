@@ -40,7 +40,7 @@ SEED = ("seed",)                            # what the runs of a pair share
 SAME = "seed", "commit", "processor"
 PARTS = [       # part, student and cycles, what a pair shares, flags with the part and without
     ("eq. 8, both", "ResNet-8, 8", SEED, (SHORT8, SHORT8 + " --lambda-cae 0")),
-    ("eq. 8, whole images", "ResNet-8, 115", SEED,
+    ("eq. 8, whole images", "ResNet-8, 115, *same*", SAME,
      (LONG + " --positions 0", LONG + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, (LONG, LONG + " --positions 0")),
     ("eq. 8, whole images", "ResNet-20, 115", SEED,
@@ -50,7 +50,8 @@ PARTS = [       # part, student and cycles, what a pair shares, flags with the p
     ("eq. 8, both", "ResNet-20, 115, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
     ("eq. 8, both", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --positions 0")),
-    ("eq. 8, both", "ResNet-18, 115", SEED, (RESNET18, RESNET18 + " --lambda-cae 0")),
+    ("eq. 8, whole images", "ResNet-18, 115, *same*", SAME,
+     (RESNET18 + " --positions 0", RESNET18 + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-18, 115", SEED, (RESNET18, RESNET18 + " --positions 0")),
     ("eq. 4, statistics", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-fm 0")),
     ("eq. 1, noise (else 10 images a cycle)", "ResNet-8, 115", SEED,

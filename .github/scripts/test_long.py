@@ -166,6 +166,6 @@ def test_parts_are_compared_seed_by_seed():
     other += runs(" --lambda-cae 0", 54, base=tables.RESNET20)          # is compared with commit a
     _, _, *rows = tables.part_rows(full + steady + less + noisy + other)
     assert [row.split(" | ")[1:4] for row in rows] == [
-        ["ResNet-8, 115", "3", "+1.0 ± 0.0"], ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"],
+        ["ResNet-8, 115, *same*", "3", "+1.0 ± 0.0"], ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"],
         ["ResNet-20, 115, *same*", "1", "−4.0"],
         ["ResNet-8, 115", "3", "+6.7 ± 4.9"], ["ResNet-8, 115", "1", "+4.0"]]
