@@ -49,7 +49,6 @@ PARTS = [       # part, student and cycles, what a pair shares, flags with the p
      (RESNET20, RESNET20 + " --positions 0")),
     ("eq. 8, both", "ResNet-20, 115, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
     ("eq. 8, both", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --lambda-cae 0")),
-    ("eq. 8, places added", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --positions 0")),
     ("eq. 8, whole images", "ResNet-18, 115, *same*", SAME,
      (RESNET18 + " --positions 0", RESNET18 + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-18, 115", SEED, (RESNET18, RESNET18 + " --positions 0")),
