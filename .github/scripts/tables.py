@@ -59,9 +59,9 @@ PARTS = [       # part, student and cycles, what a pair shares, flags with the p
      (LONG, LONG + " --no-cend")),
     ("eq. 5, adversary", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-cncl 0")),
-    ("decoupled: 12 steps, then 80 (else in turns; 90 minutes, not 25)", "ResNet-8, 115", SEED,
+    ("decoupled: 12 steps, then 80 (25 minutes; in turns: 90)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --no-decoupled")),
-    ("light generator (else twice as wide, 30 steps; 65 minutes)", "ResNet-8, 115", SEED,
+    ("light generator (25 minutes; twice as wide, 30 steps: 65)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30")),
     ("*chance: same seed, other code or CPU*", "ResNet-8, 115", None, (LONG, LONG))]
 
