@@ -20,11 +20,7 @@ import detection
 import tables
 
 ASSETS = tables.ROOT / ".github/assets"
-PAIRS = [       # title, flags of the teacher and of its student in runs.csv
-    ("ResNet-20: each line is a run", "--teacher resnet20", tables.RESNET20),
-    ("ResNet-18: each line is a run", "--teacher resnet34",
-     tables.RESNET18)]
-STUDENTS = [    # the same for dots
+STUDENTS = [    # name, flags of its teacher and of its runs in runs.csv
     ("ResNet-8", "--teacher resnet20", tables.LONG),
     ("ResNet-20", "--teacher resnet20", tables.RESNET20),
     ("ResNet-18", "--teacher resnet34", tables.RESNET18)]
@@ -89,7 +85,7 @@ def draw_detections(student, teacher, columns=6):
     train, test, names = detection.load_detection("scenes")
     objects = sum(len(target["boxes"]) for _, target in test)
     figure, grid = plt.subplots(3, columns, figsize=(11, 5.6), layout="constrained")
-    for row, title, network in zip(grid, ("student (1 of 4)", "teacher", "not trained"), networks):
+    for row, title, network in zip(grid, ("student", "teacher", "not trained"), networks):
         probe = detection.detection_probe(network, train, test, categories=names)
         guesses = surest(probe["detections"], objects)
         right = [right_ones(some, target) for some, (_, target) in zip(guesses, test)]
@@ -116,16 +112,22 @@ def draw_samples(run, columns=14):
     save(figure, "samples.png")
 
 
+def score_of(runs, teacher, score):
+    """A score of the teacher with these flags."""
+    row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
+    return float(row[score])
+
+
 def draw_scenes(axes, runs):
     """AP50 at scenes of students of 115 cycles, each dot a run, beside their teachers."""
-    for i, (title, teacher, student) in enumerate(STUDENTS):
-        row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
-        axes.hlines(float(row["scenes"]), i - 0.4, i + 0.4, color="black", linewidth=1)
+    for i, (_, teacher, student) in enumerate(STUDENTS):
+        teacher_scenes = score_of(runs, teacher, "scenes")
+        axes.hlines(teacher_scenes, i - 0.4, i + 0.4, color="black", linewidth=1)
         for shift, (colour, _, _, flags) in zip((-0.25, 0, 0.25), CURVES):
             scenes = [float(r["scenes"]) for r in tables.scored_runs(runs, student + flags)]
             axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
     axes.set_ylim(0, 80)
-    axes.set_xticks(range(len(STUDENTS)), [title for title, *_ in STUDENTS], fontsize=12)
+    axes.set_xticks(range(len(STUDENTS)), [name for name, *_ in STUDENTS], fontsize=12)
     axes.set_title("AP50 at scenes after 115 cycles (same colours)", fontsize=12)
 
 
@@ -134,9 +136,9 @@ def draw_curves():
     runs = tables.read_runs()
     figure, (*grid, scenes) = plt.subplots(1, 3, figsize=(13.5, 4), layout="constrained")
     draw_scenes(scenes, runs)
-    for axes, (title, teacher, student) in zip(grid, PAIRS):
-        row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
-        axes.axhline(float(row["accuracy_1017"]), color="black", linewidth=1, label="teacher")
+    for axes, (student_name, teacher, student) in zip(grid, STUDENTS[1:]):
+        accuracy = score_of(runs, teacher, "accuracy_1017")
+        axes.axhline(accuracy, color="black", linewidth=1, label="teacher")
         for colour, style, name, flags in CURVES:
             for run in tables.scored_runs(runs, student + flags):
                 curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
@@ -145,7 +147,7 @@ def draw_curves():
                 axes.plot(cycles, accuracies, color=colour, linestyle=style, marker=".", label=name)
                 name = None                             # one label for all its runs
         axes.set_ylim(40, 93)
-        axes.set_title(title, fontsize=12)
+        axes.set_title(f"{student_name}: each line is a run", fontsize=12)
         axes.set_xlabel("cycle", fontsize=13)
         axes.legend(loc="lower right", fontsize=12)
     grid[0].set_ylabel("accuracy on 1,017 images, %", fontsize=13)

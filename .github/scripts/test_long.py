@@ -158,14 +158,15 @@ def test_parts_are_compared_seed_by_seed():
         row = {"script": "cae_dfkd.py", "flags": base + flags, "commit": commit, "processor": "b"}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
-    full = runs("", 50, 60, 70) + runs("", 54)          # seed 0 ran twice
+    full = runs("", 50, 60, 70) + runs("", 54, 60)      # seeds 0 and 1 ran twice: chance +4, 0
     steady = runs(" --positions 0", 49, 58, 67)
     less = runs(" --lambda-cae 0", 48, 57, 66)          # is compared with `steady`
-    noisy = runs(" --lambda-fm 0", 51, 50, 61)
-    other = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
-    other += runs(" --lambda-cae 0", 54, base=tables.RESNET20)          # is compared with commit a
-    _, _, *rows = tables.part_rows(full + steady + less + noisy + other)
+    noisy = runs(" --lambda-fm 0", 41, 50, 61)          # the mean exceeds 3 x 2.8, so it is bold
+    wide = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
+    wide += runs(" --positions 0", 30, base=tables.RESNET20)    # a single pair is never bold
+    _, _, *rows = tables.part_rows(full + steady + less + noisy + wide)
     assert [row.split(" | ")[1:4] for row in rows] == [
-        ["ResNet-8, 115, *same*", "3", "+1.0 ± 0.0"], ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"],
-        ["ResNet-20, 115, *same*", "1", "−4.0"],
-        ["ResNet-8, 115", "3", "+6.7 ± 4.9"], ["ResNet-8, 115", "1", "+4.0"]]
+        ["ResNet-8, 115, *same*", "3", "+1.0 ± 0.0"], ["ResNet-8, 115", "3", "+2.7 ± 0.6"],
+        ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"], ["ResNet-20, 115", "1", "+25.0"],
+        ["ResNet-20, 115, same code", "1", "+20.0"],
+        ["ResNet-8, 115", "3", "**+10.0 ± 1.0**"], ["ResNet-8, 115", "2", "+2.0 ± 2.8"]]
