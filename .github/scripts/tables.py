@@ -17,42 +17,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = "accuracy_1017", "clothing", "scenes", "photos"            # columns of the tables
 LONG = "--dataset cifar10 --cycles 115 --bf16"
+SHORT = "--dataset cifar10 --cycles 8 --bf16"
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
-RESNET18 = "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"
-SHORT18 = "--dataset cifar10 --teacher resnet34 --cycles 10 --bf16"
+TEACHER34 = "--teacher resnet34 --teacher-ckpt resnet34_37epochs.pth"
+RESNET18 = f"--dataset cifar10 {TEACHER34} --cycles 115 --bf16"
+REAL = "real:cifar10 " + RESNET20           # flags of controls.py
+COLOURS = "same-colours " + RESNET20
+RUN = "cae_dfkd.py", "controls.py"          # scripts whose rows are runs
+NONE = ("network, no run",)                 # in the place of a script: a network is scored as it is
 RESULT = [      # what stands in the README, how it was trained, script, flags
-    ("*ResNet-20, teacher*", "real images", "network, no run", "--teacher resnet20"),
-    ("**ResNet-20, student**", None, "cae_dfkd.py", RESNET20),
-    ("student, feature loss without *places*", None, "cae_dfkd.py", RESNET20 + " --positions 0"),
-    ("student without the feature loss", None, "cae_dfkd.py", RESNET20 + " --lambda-cae 0"),
-    ("ResNet-20, not trained", "none", "network, no run", "--student resnet20")]
-NETWORKS = [
-    ("**ResNet-8, student of the ResNet-20**", None, "cae_dfkd.py", LONG),
-    ("*ResNet-34, teacher*", "ours: 8 epochs, CIFAR-10 as JPEG", "network, no run",
-     "--teacher resnet34"),
-    ("**ResNet-18, student of it**", None, "cae_dfkd.py", RESNET18),
-    ("ResNet-18, student without feature loss", "1 run", "cae_dfkd.py",
-     RESNET18 + " --lambda-cae 0"),
-    ("**ResNet-18, student, only 10 cycles**", None, "cae_dfkd.py", SHORT18),
-    ("ResNet-18, not trained", "none", "network, no run", "--student resnet18")]
-SHORT8 = "--dataset cifar10 --cycles 8 --bf16"
+    ("*ResNet-20, teacher*", "real images", NONE, "--teacher resnet20"),
+    ("**ResNet-20, student**", "GPU", RUN, RESNET20),
+    ("the same on CPUs", "CPU", RUN, RESNET20),
+    ("the same, from 5,085 real images", "GPU", RUN, REAL),
+    ("student, feature loss without *places*", "GPU", RUN, RESNET20 + " --positions 0"),
+    ("student without the feature loss", "GPU", RUN, RESNET20 + " --lambda-cae 0"),
+    ("ResNet-20, not trained", "none", NONE, "--student resnet20"),
+    ("**ResNet-8, student of the ResNet-20**", "CPU", RUN, LONG),
+    ("*ResNet-34, teacher*", "real images", NONE, TEACHER34),
+    ("**ResNet-18, student**", "GPU", RUN, RESNET18),
+    ("student without the feature loss", "GPU", RUN, RESNET18 + " --lambda-cae 0"),
+    ("ResNet-18, not trained", "none", NONE, "--student resnet18")]
 SEED = ("seed",)                            # what the runs of a pair share
 SAME = "seed", "commit", "processor"
 PARTS = [       # part, student and cycles, what a pair shares, flags with the part and without
-    ("eq. 8, both", "ResNet-8, 8", SEED, (SHORT8, SHORT8 + " --lambda-cae 0")),
+    ("eq. 8, both", "ResNet-8, 8", SEED, (SHORT, SHORT + " --lambda-cae 0")),
     ("eq. 8, whole images", "ResNet-8, 115, *same*", SAME,
      (LONG + " --positions 0", LONG + " --lambda-cae 0")),
     ("eq. 8, places added", "ResNet-8, 115", SEED, (LONG, LONG + " --positions 0")),
-    ("eq. 8, places added", "ResNet-8, 115, *same*", SAME, (LONG, LONG + " --positions 0")),
-    ("eq. 8, whole images", "ResNet-20, 115", SEED,
+    ("eq. 8, whole images", "ResNet-20, 115, *same*", SAME,
      (RESNET20 + " --positions 0", RESNET20 + " --lambda-cae 0")),
-    ("eq. 8, places added", "ResNet-20, 115", SEED, (RESNET20, RESNET20 + " --positions 0")),
-    ("eq. 8, places added", "ResNet-20, 115, same code", SAME[:2],
-     (RESNET20, RESNET20 + " --positions 0")),
-    ("eq. 8, both", "ResNet-18, 10, *same*", SAME, (SHORT18, SHORT18 + " --lambda-cae 0")),
-    ("eq. 8, whole images", "ResNet-18, 115, *same*", SAME,
-     (RESNET18 + " --positions 0", RESNET18 + " --lambda-cae 0")),
-    ("eq. 8, places added", "ResNet-18, 115", SEED, (RESNET18, RESNET18 + " --positions 0")),
+    ("eq. 8, places added", "ResNet-20, 115, *same*", SAME, (RESNET20, RESNET20 + " --positions 0")),
+    ("eq. 8, both", "ResNet-18, 115, *same*", SAME, (RESNET18, RESNET18 + " --lambda-cae 0")),
+    ("made-up images (else 5,085 real ones)", "ResNet-20, 115, *same*", SAME, (RESNET20, REAL)),
+    ("random colours", "ResNet-20, 115", SEED, (RESNET20, COLOURS)),
     ("eq. 4, statistics", "ResNet-8, 115", SEED, (LONG, LONG + " --lambda-fm 0")),
     ("eq. 1, noise (else 10 images a cycle)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --magnitudes 0 0 0 0")),
@@ -64,8 +62,10 @@ PARTS = [       # part, student and cycles, what a pair shares, flags with the p
      (LONG, LONG + " --no-decoupled")),
     ("light generator (25 minutes; twice as wide, 30 steps: 65)", "ResNet-8, 115", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30")),
-    ("*chance: same seed, other code or CPU*", "ResNet-8, 115", None, (LONG, LONG))]
-
+    ("*chance: same seed, other code or processor*", "ResNet-8, 115", None, (LONG, LONG)),
+    ("*chance: same seed, other code or processor*", "ResNet-20, 115", None,
+     (RESNET20, RESNET20))]
+GPU = "NVIDIA H200"
 FEWEST = 3      # pairs of a mean that is printed bold
 
 
@@ -86,28 +86,35 @@ def spread(values, signed=False):
     return text.replace("-", "−")
 
 
-def network_rows(runs, title, networks):
-    """A table of networks, a list of lines. Networks without a row in runs.csv are left out."""
-    lines = [f"| {title} | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
+def scored_runs(runs, flags, scripts=RUN):
+    """The runs with these flags. A run that was stopped has no scores and is left out."""
+    return [r for r in runs if r["script"] in scripts and r["flags"] == flags and r["photos"]]
+
+
+def on(machine, runs):
+    """The runs on the GPU, all of one code, or those on CPUs, of several codes."""
+    return [r for r in runs if (r["processor"] == GPU) == (machine == "GPU")]
+
+
+def network_rows(runs, networks):
+    """The table of networks, a list of lines. Networks without a row in runs.csv are left out."""
+    lines = ["| network | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
              "|---|---|---|---|---|---|"]
-    for name, training, script, flags in networks:
-        rows = [r for r in runs if (r["script"], r["flags"]) == (script, flags)]
-        scored = [r for r in rows if r["clothing"]]
-        if not scored:
-            continue
-        if training is None:
-            minutes = statistics.mean(float(r["seconds"]) for r in scored) / 60
-            seeds = len({r["seed"] for r in scored})
-            runs_of = f"{len(scored)} runs, " * (len(scored) > seeds)
-            training = f"{minutes:.0f} min, {runs_of}{seeds} seed{'s' * (seeds > 1)}"
-        cells = [spread([float(r[s]) for r in scored if r[s]]) for s in SCORES]
-        lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
+    for name, training, scripts, flags in networks:
+        scored = scored_runs(runs, flags, scripts)
+        if training in ("GPU", "CPU"):
+            scored = on(training, scored)
+            minutes = mean_of(scored, "seconds") / 60
+            training = f"{minutes:.0f} {training} minutes, {len(scored)} runs"
+        if scored:
+            cells = [spread([float(r[s]) for r in scored]) for s in SCORES]
+            lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
     return lines
 
 
-def scored_runs(runs, flags):
-    """The runs with these flags. A run that was stopped has no scores and is left out."""
-    return [r for r in runs if (r["script"], r["flags"]) == ("cae_dfkd.py", flags) if r["photos"]]
+def mean_of(rows, score):
+    """The mean of a score over runs."""
+    return statistics.mean(float(r[score]) for r in rows)
 
 
 def grouped(runs, columns):
@@ -116,11 +123,6 @@ def grouped(runs, columns):
     for run in runs:
         groups.setdefault(tuple(run[column] for column in columns), []).append(run)
     return groups
-
-
-def mean_of(rows, score):
-    """The mean of a score over runs."""
-    return statistics.mean(float(r[score]) for r in rows)
 
 
 def pairs_of(with_part, without, columns):
@@ -143,21 +145,23 @@ def differences(runs, columns, flags):
 
 
 def part_rows(runs):
-    """The table of parts, whose last row is chance: equal settings, run again.
+    """The table of parts, whose last rows are chance: equal settings, run again.
 
-    Bold is a mean of FEWEST pairs or more, beyond three standard deviations of chance.
+    Bold is a mean of FEWEST pairs or more, all of one sign, beyond three standard deviations of
+    chance: that of the same network, or of a ResNet-20 if there is none.
     """
     lines = ["| part | student, cycles | pairs | CIFAR-10 | clothing | scenes | photos |",
              "|---|---|---|---|---|---|---|"]
-    _, _, *last = PARTS[-1]
-    chance = differences(runs, *last)
+    chances = {student.split(",")[0]: differences(runs, None, flags)
+               for _, student, columns, flags in PARTS if columns is None}
     for part, student, columns, flags in PARTS:
-        cells = []
+        chance, cells = chances.get(student.split(",")[0], chances["ResNet-20"]), []
         for score, values in differences(runs, columns, flags).items():
             cell = spread(values, signed=True)
             if len(values) >= FEWEST and len(chance[score]) > 1:
+                one_sign = min(values) > 0 or max(values) < 0
                 clear = abs(statistics.mean(values)) > 3 * statistics.stdev(chance[score])
-                cell = f"**{cell}**" if clear else cell
+                cell = f"**{cell}**" if one_sign and clear else cell
             cells.append(cell)
         if values:
             lines.append(" | ".join([f"| {part}", student, str(len(values)), *cells]) + " |")
@@ -167,8 +171,7 @@ def part_rows(runs):
 def main(argv):
     """Prints, writes or checks the tables -> exit code."""
     runs, readme = read_runs(), (ROOT / "README.md").read_text()
-    tables = (network_rows(runs, "network", RESULT),
-              network_rows(runs, "other networks", NETWORKS), part_rows(runs))
+    tables = network_rows(runs, RESULT), part_rows(runs)
     new = readme
     for lines in tables:
         table = "\n".join(lines) + "\n"
