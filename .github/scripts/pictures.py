@@ -23,7 +23,7 @@ ASSETS = tables.ROOT / ".github/assets"
 STUDENTS = [    # name, flags of its teacher and of its runs in runs.csv
     ("ResNet-8", "--teacher resnet20", tables.LONG),
     ("ResNet-20", "--teacher resnet20", tables.RESNET20),
-    ("ResNet-18", "--teacher resnet34", tables.RESNET18)]
+    ("ResNet-18", tables.TEACHER34, tables.RESNET18)]
 CURVES = [      # colour, line, name, further flags of the student
     ("C0", "-", "student", ""),
     ("C2", ":", "without places", " --positions 0"),
@@ -112,6 +112,12 @@ def draw_samples(run, columns=14):
     save(figure, "samples.png")
 
 
+def runs_of(runs, flags):
+    """The runs with these flags, on the GPU if there are any, else on CPUs."""
+    scored = tables.scored_runs(runs, flags)
+    return tables.on("GPU", scored) or scored
+
+
 def score_of(runs, teacher, score):
     """A score of the teacher with these flags."""
     row, = (r for r in runs if (r["script"], r["flags"]) == ("network, no run", teacher))
@@ -124,9 +130,9 @@ def draw_scenes(axes, runs):
         teacher_scenes = score_of(runs, teacher, "scenes")
         axes.hlines(teacher_scenes, i - 0.4, i + 0.4, color="black", linewidth=1)
         for shift, (colour, _, _, flags) in zip((-0.25, 0, 0.25), CURVES):
-            scenes = [float(r["scenes"]) for r in tables.scored_runs(runs, student + flags)]
+            scenes = [float(r["scenes"]) for r in runs_of(runs, student + flags)]
             axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
-    axes.set_ylim(0, 80)
+    axes.set_ylim(0, 90)
     axes.set_xticks(range(len(STUDENTS)), [name for name, *_ in STUDENTS], fontsize=12)
     axes.set_title("AP50 at scenes after 115 cycles (same colours)", fontsize=12)
 
@@ -140,13 +146,13 @@ def draw_curves():
         accuracy = score_of(runs, teacher, "accuracy_1017")
         axes.axhline(accuracy, color="black", linewidth=1, label="teacher")
         for colour, style, name, flags in CURVES:
-            for run in tables.scored_runs(runs, student + flags):
+            for run in runs_of(runs, student + flags):
                 curve = re.findall(r"(\d+): ([\d.]+)", run["note"])
                 points = [*curve, (run["cycles"], run["accuracy_1017"])]
                 cycles, accuracies = zip(*((int(c), float(a)) for c, a in points))
                 axes.plot(cycles, accuracies, color=colour, linestyle=style, marker=".", label=name)
                 name = None                             # one label for all its runs
-        axes.set_ylim(40, 93)
+        axes.set_ylim(40, 95)
         axes.set_title(f"{student_name}: each line is a run", fontsize=12)
         axes.set_xlabel("cycle", fontsize=13)
         axes.legend(loc="lower right", fontsize=12)

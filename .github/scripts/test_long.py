@@ -160,13 +160,14 @@ def test_parts_are_compared_seed_by_seed():
                 for seed, value in enumerate(values)]
     full = runs("", 50, 60, 70) + runs("", 54, 60)      # seeds 0 and 1 ran twice: chance +4, 0
     steady = runs(" --positions 0", 49, 58, 67)
-    less = runs(" --lambda-cae 0", 48, 57, 66)          # is compared with `steady`
+    less = runs(" --lambda-cae 0", 48, 57, 66)
     noisy = runs(" --lambda-fm 0", 41, 50, 61)          # the mean exceeds 3 x 2.8, so it is bold
+    mixed = runs(" --no-cend", 12, 20, 71)              # one pair contradicts two, so it is not
     wide = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
     wide += runs(" --positions 0", 30, base=tables.RESNET20)    # a single pair is never bold
-    _, _, *rows = tables.part_rows(full + steady + less + noisy + wide)
+    _, _, *rows = tables.part_rows(full + steady + less + noisy + mixed + wide)
     assert [row.split(" | ")[1:4] for row in rows] == [
-        ["ResNet-8, 115, *same*", "3", "+1.0 ± 0.0"], ["ResNet-8, 115", "3", "+2.7 ± 0.6"],
-        ["ResNet-8, 115, *same*", "3", "+2.7 ± 0.6"], ["ResNet-20, 115", "1", "+25.0"],
-        ["ResNet-20, 115, same code", "1", "+20.0"],
-        ["ResNet-8, 115", "3", "**+10.0 ± 1.0**"], ["ResNet-8, 115", "2", "+2.0 ± 2.8"]]
+        ["ResNet-8", "3", "+3.7 ± 0.6"], ["ResNet-8", "3", "+2.7 ± 0.6"],
+        ["ResNet-20, *same*", "1", "+20.0"], ["ResNet-8", "3", "**+10.0 ± 1.0**"],
+        ["ResNet-8", "3", "+26.3 ± 23.7"], ["ResNet-8", "2", "+2.0 ± 2.8"],
+        ["ResNet-20", "1", "+10.0"]]

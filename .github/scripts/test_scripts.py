@@ -104,6 +104,24 @@ def test_more_networks_on_the_command_line(here, tmp_path, monkeypatch):
     assert more.main(["--resume", "a"]) == more.main(["--eval-only", "a/student.pt"]) == 0
 
 
+def test_controls_change_one_thing(here, tmp_path, monkeypatch):
+    controls = importlib.import_module("controls")
+    monkeypatch.setattr(C, "synthesis_round", C.synthesis_round)        # put back afterwards
+    monkeypatch.setattr(C, "jitter_colours", C.jitter_colours)
+    for i, split in enumerate(2 * ("train", "test")):       # a grey level for each of 4 images
+        Path("real", split, "ab"[i // 2]).mkdir(parents=True)
+        Image.new("RGB", (32, 32), 3 * (60 * i,)).save(f"real/{split}/{'ab'[i // 2]}/{i}.png")
+    words = [*FAST, "--dataset", "real"]
+    assert controls.main("same-colours", *words, "--out", "same") == 0
+    assert len(tensors("same/last.pt")["bank"][0].unique()) > 2
+    images = torch.rand(4, 3, 32, 32)
+    assert torch.equal(C.jitter_colours(images), images)
+    assert controls.main("real:real", *words, "--out", "real-bank") == 0
+    pixels, labels = tensors("real-bank/last.pt")["bank"]
+    assert len(pixels) == 60 and set(labels.tolist()) == {0, 1}         # as many as G would make
+    assert torch.equal(pixels.flatten(1).unique(dim=1)[:, 0], 120 * labels.byte())
+
+
 def test_benchmark_prints_its_table(monkeypatch, capsys):
     tiny = "--image-size 8 --synth-batch 4 --batch-size 4".split()
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *FAST, *tiny])
