@@ -13,7 +13,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
 Test accuracy, %: teacher, student, untrained (CIFAR: 1,017 images and 3 seeds; shapes: 1 seed)
      4 minutes, 2 cores, no flags (shapes)                               99.60, 94.25, 8.75
     41 minutes, 1 core,  --dataset cifar10 --student resnet20 --bf16     91.6, 90.1 ± 0.6, 8.4
-     9 minutes, a GPU,   --dataset cifar10 --teacher resnet34 --bf16     92.5, 91.0 ± 0.4, 10.2
+     9 minutes, a GPU,   a ResNet-34 of our own to a ResNet-18, --bf16   92.5, 91.0 ± 0.4, 10.2
 
 Networks of your own need Python, and no images at all. Both must be on one device, and their last
 operation must be an nn.Linear. The teacher needs BatchNorm layers, or Config(lambda_fm=0.0):
@@ -63,7 +63,7 @@ eq  what                               where                            source
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours. Plain noise for eq. 1, no eq. 5,
-or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Their code: some 90 lines.
+or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Some 90 lines do this.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
@@ -651,7 +651,7 @@ def student_step(state):
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
     parts to the teacher's: they add 17 to 22 AP50 at shapes (ResNet-8, 20). Eq. 8 adds 5 points of
-    accuracy to a ResNet-18 but costs 4 of its probe (3 pairs, 115 cycles).         [our choice]"""
+    accuracy to a ResNet-18 but costs 4 of a linear probe (3 pairs, 115 cycles).    [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)

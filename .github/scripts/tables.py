@@ -20,7 +20,7 @@ LONG = "--dataset cifar10 --cycles 115 --bf16"
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 TEACHER34 = "--teacher resnet34 --teacher-ckpt resnet34_37epochs.pth"
 RESNET18 = f"--dataset cifar10 {TEACHER34} --cycles 115 --bf16"
-REAL = "real:cifar10 " + RESNET20           # flags of controls.py
+REAL = "real:FOLDER " + RESNET20           # flags of controls.py
 COLOURS = "same-colours " + RESNET20
 RUN = "cae_dfkd.py", "controls.py"          # scripts whose rows are runs
 NONE = ("network, no run",)                 # in the place of a script: a network is scored as it is
@@ -30,7 +30,7 @@ RESULT = [      # what stands in the README, how it was trained, script, flags
     ("the same, from 5,085 real images", "GPU", RUN, REAL),
     ("student, feature loss without *places*", "GPU", RUN, RESNET20 + " --positions 0"),
     ("student without the feature loss", "GPU", RUN, RESNET20 + " --lambda-cae 0"),
-    ("*ResNet-34, teacher*", "37 epochs, JPEG copies", NONE, TEACHER34),
+    ("*ResNet-34, teacher*", "ours, 37 epochs", NONE, TEACHER34),
     ("**ResNet-18, student**", "GPU", RUN, RESNET18),
     ("student without the feature loss", "GPU", RUN, RESNET18 + " --lambda-cae 0")]
 OTHERS = [
@@ -41,27 +41,26 @@ OTHERS = [
 SEED = ("seed",)                            # what the runs of a pair share
 SAME = "seed", "commit", "processor"
 PARTS = [       # part, student, what a pair shares, flags with the part and without
+    ("*chance: one seed, other code or processor*", "ResNet-8", None, (LONG, LONG)),
+    ("*chance: one seed, other code or processor*", "ResNet-20", None,
+     (RESNET20, RESNET20)),
     ("eq. 8", "ResNet-8", SEED, (LONG, LONG + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-8", SEED, (LONG, LONG + " --positions 0")),
     ("eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --positions 0")),
     ("eq. 8", "ResNet-18, *same*", SAME, (RESNET18, RESNET18 + " --lambda-cae 0")),
-    ("made-up images (else 5,085 real ones)", "ResNet-20, *same*", SAME, (RESNET20, REAL)),
     ("random colours", "ResNet-20", SEED, (RESNET20, COLOURS)),
     ("eq. 4, statistics", "ResNet-8", SEED, (LONG, LONG + " --lambda-fm 0")),
-    ("eq. 1, noise (else 10 images a cycle)", "ResNet-8", SEED,
+    ("eq. 1, noise (else one image a category)", "ResNet-8", SEED,
      (LONG, LONG + " --magnitudes 0 0 0 0")),
     ("eq. 1, category vectors (else plain noise)", "ResNet-8", SEED,
      (LONG, LONG + " --no-cend")),
     ("eq. 5, adversary", "ResNet-8", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8", SEED, (LONG, LONG + " --lambda-cncl 0")),
-    ("decoupled: 12 steps, then 80 (25 minutes; in turns: 90)", "ResNet-8", SEED,
+    ("decoupled phases (25 minutes; in turns: 90)", "ResNet-8", SEED,
      (LONG, LONG + " --no-decoupled")),
-    ("light generator (25 minutes; twice as wide, 30 steps: 65)", "ResNet-8", SEED,
-     (LONG, LONG + " --generator-width 128 --synth-steps 30")),
-    ("*chance: same seed, other code or processor*", "ResNet-8", None, (LONG, LONG)),
-    ("*chance: same seed, other code or processor*", "ResNet-20", None,
-     (RESNET20, RESNET20))]
+    ("light generator (25 minutes; heavy: 65)", "ResNet-8", SEED,
+     (LONG, LONG + " --generator-width 128 --synth-steps 30"))]
 GPU = "NVIDIA H200"
 FEWEST = 3      # pairs of a mean that is printed bold
 
@@ -95,7 +94,7 @@ def on(machine, runs):
 
 def network_rows(runs, title, networks):
     """The table of networks, a list of lines. Networks without a row in runs.csv are left out."""
-    lines = [f"| {title} | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
+    lines = [f"| {title} | how | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
              "|---|---|---|---|---|---|"]
     for name, training, scripts, flags in networks:
         scored = scored_runs(runs, flags, scripts)
@@ -142,7 +141,7 @@ def differences(runs, columns, flags):
 
 
 def part_rows(runs):
-    """The table of parts, whose last rows are chance: equal settings, run again.
+    """The table of parts. Its first rows are chance: equal settings, run again.
 
     Bold is a mean of FEWEST pairs or more, all of one sign, beyond three standard deviations of
     chance: that of the same network, or of a ResNet-20 if there is none.
