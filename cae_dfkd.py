@@ -307,7 +307,7 @@ class CEND(nn.Module):
     """Category embedding noise diffusion, eq. 1: ê = e_y + M_n ⊙ q_n, n in {1..N}, q_n ~ NS_n.
     Quoted from a review. "Diffusion" means only that noise is added. The paper takes e from a
     language model: np.save its (K, E) embeddings of the class names, in the order of the labels,
-    for --prior. Our default is the weight rows of the teacher's head. Plain noise did as well.
+    for --prior. Our default: weight rows of the teacher's head. Plain noise did a ResNet-8 as well.
     category_embeddings (K, E) in any scale, copied without their gradient; magnitudes: N numbers
     M_n. The N noise sources NS_n are Gaussian, uniform, Laplace, Rademacher, Gaussian, ... These
     families, the draw of n for each image, centring and scaling are [our choice]. Embeddings are
@@ -611,7 +611,7 @@ def generator_step(state, e_hat, labels):
 def synthesis_round(state):
     """Phase A: generator steps on one batch, whose images then go to the bank -> loss terms.
         redrawn   labels, noise                new images, of the categories in turn
-        reset     seed layer, Adam's moments   or G would repeat the last round's images (NAYER)
+        reset     seed layer, Adam's moments   lest G repeats its images (NAYER; unclear here)
         kept      the other layers of G        they have learnt what images look like
         held      labels, noise in the round   a few steps teach G one batch, but not to draw for
                                                arbitrary noise                      [our choice]
@@ -650,7 +650,7 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
-    parts to the teacher's: they add 17 to 22 AP50 at shapes (ResNet-8, 20). Eq. 8 adds 5 points of
+    parts to the teacher's: ResNet-8 and 20 gain 17 and 22 AP50 at shapes. Eq. 8 adds 5 points of
     accuracy to a ResNet-18 but costs 4 of a linear probe (3 pairs, 115 cycles).    [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)

@@ -1,4 +1,4 @@
-"""Two controls: runs of cae_dfkd.py that differ from a usual one in a single thing.
+"""Two controls: runs of cae_dfkd.py that differ from a usual one in images or in colours.
 
     python .github/scripts/controls.py real:FOLDER [flags of cae_dfkd.py]
     python .github/scripts/controls.py same-colours [flags of cae_dfkd.py]

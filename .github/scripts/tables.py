@@ -39,17 +39,18 @@ OTHERS = [
     ("ResNet-20, not trained", "none", NONE, "--student resnet20"),
     ("ResNet-18, not trained", "none", NONE, "--student resnet18")]
 SEED = ("seed",)                            # what the runs of a pair share
+CPU = "seed", "processor"
 SAME = "seed", "commit", "processor"
 PARTS = [       # part, student, what a pair shares, flags with the part and without
-    ("*chance: one seed, other code or processor*", "ResNet-8", None, (LONG, LONG)),
-    ("*chance: one seed, other code or processor*", "ResNet-20", None,
+    ("*chance: run again, other code or processor*", "ResNet-8", None, (LONG, LONG)),
+    ("*chance: run again, other code or processor*", "ResNet-20", None,
      (RESNET20, RESNET20)),
     ("eq. 8", "ResNet-8", SEED, (LONG, LONG + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-8", SEED, (LONG, LONG + " --positions 0")),
     ("eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --positions 0")),
     ("eq. 8", "ResNet-18, *same*", SAME, (RESNET18, RESNET18 + " --lambda-cae 0")),
-    ("random colours", "ResNet-20", SEED, (RESNET20, COLOURS)),
+    ("random colours", "ResNet-20, same CPU", CPU, (RESNET20, COLOURS)),
     ("eq. 4, statistics", "ResNet-8", SEED, (LONG, LONG + " --lambda-fm 0")),
     ("eq. 1, noise (else one image a category)", "ResNet-8", SEED,
      (LONG, LONG + " --magnitudes 0 0 0 0")),
@@ -57,9 +58,9 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
      (LONG, LONG + " --no-cend")),
     ("eq. 5, adversary", "ResNet-8", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8", SEED, (LONG, LONG + " --lambda-cncl 0")),
-    ("decoupled phases (25 minutes; in turns: 90)", "ResNet-8", SEED,
+    ("decoupled: phases 1, 2, not in turns (25 minutes, not 90)", "ResNet-8", SEED,
      (LONG, LONG + " --no-decoupled")),
-    ("light generator (25 minutes; heavy: 65)", "ResNet-8", SEED,
+    ("light generator (25 minutes; twice as wide: 65)", "ResNet-8", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30"))]
 GPU = "NVIDIA H200"
 FEWEST = 3      # pairs of a mean that is printed bold
