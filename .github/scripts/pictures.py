@@ -134,8 +134,8 @@ def draw_scenes(axes, runs):
             axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
     axes.set_ylim(0, 90)
     axes.set_xticks(range(len(STUDENTS)), [name for name, *_ in STUDENTS], fontsize=12)
-    axes.set_title("scenes after 115 cycles (same colours)", fontsize=12)
-    axes.set_ylabel("AP50", fontsize=13)
+    axes.set_title("after 115 cycles: each dot is a run", fontsize=12)
+    axes.set_ylabel("AP50 at scenes", fontsize=13)
 
 
 def draw_curves():

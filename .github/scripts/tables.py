@@ -25,7 +25,7 @@ COLOURS = "same-colours " + RESNET20
 RUN = "cae_dfkd.py", "controls.py"          # scripts whose rows are runs
 NONE = ("network, no run",)                 # in the place of a script: a network is scored as it is
 RESULT = [      # what stands in the README, how it was trained, script, flags
-    ("*ResNet-20, teacher*", "real images", NONE, "--teacher resnet20"),
+    ("*ResNet-20, teacher*", "a public file", NONE, "--teacher resnet20"),
     ("**ResNet-20, student**", "GPU", RUN, RESNET20),
     ("the same, from 5,085 real images", "GPU", RUN, REAL),
     ("student, feature loss without *places*", "GPU", RUN, RESNET20 + " --positions 0"),
@@ -56,9 +56,11 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
      (LONG, LONG + " --magnitudes 0 0 0 0")),
     ("eq. 1, category vectors (else plain noise)", "ResNet-8", SEED,
      (LONG, LONG + " --no-cend")),
+    ("eq. 1, CLIP's vectors (else the teacher's)", "ResNet-8", SEED,
+     (LONG + " --prior clip_vitb32_cifar10.npy", LONG)),
     ("eq. 5, adversary", "ResNet-8", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8", SEED, (LONG, LONG + " --lambda-cncl 0")),
-    ("decoupled: phases 1, 2, not in turns (25 minutes, not 90)", "ResNet-8", SEED,
+    ("decoupled (25 minutes; steps in turns: 90)", "ResNet-8", SEED,
      (LONG, LONG + " --no-decoupled")),
     ("light generator (25 minutes; twice as wide: 65)", "ResNet-8", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30"))]
@@ -95,7 +97,7 @@ def on(machine, runs):
 
 def network_rows(runs, title, networks):
     """The table of networks, a list of lines. Networks without a row in runs.csv are left out."""
-    lines = [f"| {title} | how | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
+    lines = [f"| {title} | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
              "|---|---|---|---|---|---|"]
     for name, training, scripts, flags in networks:
         scored = scored_runs(runs, flags, scripts)
