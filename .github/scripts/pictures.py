@@ -124,25 +124,24 @@ def score_of(runs, teacher, score):
     return float(row[score])
 
 
-def draw_scenes(axes, runs):
-    """AP50 at scenes of students of 115 cycles, each dot a run, beside their teachers."""
+def draw_dots(axes, runs, score, label):
+    """A score of students of 115 cycles, each dot a run, beside their teachers."""
     for i, (_, teacher, student) in enumerate(STUDENTS):
-        teacher_scenes = score_of(runs, teacher, "scenes")
-        axes.hlines(teacher_scenes, i - 0.4, i + 0.4, color="black", linewidth=1)
+        axes.hlines(score_of(runs, teacher, score), i - 0.4, i + 0.4, color="black", linewidth=1)
         for shift, (colour, _, _, flags) in zip((-0.25, 0, 0.25), CURVES):
-            scenes = [float(r["scenes"]) for r in runs_of(runs, student + flags)]
-            axes.plot([i + shift] * len(scenes), scenes, "o", color=colour, markersize=5)
-    axes.set_ylim(0, 90)
-    axes.set_xticks(range(len(STUDENTS)), [name for name, *_ in STUDENTS], fontsize=12)
-    axes.set_title("after 115 cycles: each dot is a run", fontsize=12)
-    axes.set_ylabel("AP50 at scenes", fontsize=13)
+            scores = [float(r[score]) for r in runs_of(runs, student + flags)]
+            axes.plot([i + shift] * len(scores), scores, "o", color=colour, markersize=5)
+    axes.set_xticks(range(len(STUDENTS)), [name.replace("-", "\n") for name, *_ in STUDENTS])
+    axes.set_title(label, fontsize=12)
 
 
 def draw_curves():
-    """Accuracy by cycle of students, each line a run, beside their teachers; and scenes."""
+    """Accuracy by cycle of students, each line a run, beside their teachers; and two scores."""
     runs = tables.read_runs()
-    figure, (*grid, scenes) = plt.subplots(1, 3, figsize=(13.5, 4), layout="constrained")
-    draw_scenes(scenes, runs)
+    figure, (*grid, scenes, clothing) = plt.subplots(
+        1, 4, figsize=(13.5, 4), width_ratios=(3, 3, 2, 2), layout="constrained")
+    draw_dots(scenes, runs, "scenes", "scenes, AP50")
+    draw_dots(clothing, runs, "clothing", "clothing, %")
     for axes, (student_name, teacher, student) in zip(grid, STUDENTS[1:]):
         accuracy = score_of(runs, teacher, "accuracy_1017")
         axes.axhline(accuracy, color="black", linewidth=1, label="teacher")
