@@ -115,7 +115,7 @@ def blamed(what):
 @dataclasses.dataclass
 class Config:
     """The settings of a run. The comment behind a field is the help of its flag. The numbers were
-    chosen by test scores, see the README [our choice]. SHAPES_PRESET is for the command line alone."""
+    chosen by test scores [our choice]. SHAPES_PRESET is for the command line alone."""
     # The run
     dataset: str = "shapes"             # shapes (drawn), cifar10, cifar100 or a folder of images
     probe_dataset: str = "shapes-unseen"    # data set of the linear probe, another or the same
