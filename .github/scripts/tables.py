@@ -28,7 +28,7 @@ NONE = ("network, no run",)                 # in the place of a script: a networ
 RESULT = [      # what stands in the README, how it was trained, script, flags
     ("*ResNet-20, teacher*", "a public file", NONE, "--teacher resnet20"),
     ("**ResNet-20, student**", "GPU", RUN, RESNET20),
-    ("*ResNet-34, teacher*", "ours, 37 epochs", NONE, TEACHER34),
+    ("*ResNet-34, teacher*", "ours, not included", NONE, TEACHER34),
     ("**ResNet-18, student**", "GPU", RUN, RESNET18)]
 OTHERS = [
     ("ResNet-20, from 5,085 real images", "GPU", RUN, REAL),
@@ -54,7 +54,7 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
     ("eq. 8", "ResNet-18, teacher of 87.3 %", SEED, (WEAKER, WEAKER + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-18, teacher of 87.3 %", SEED, (WEAKER, WEAKER + " --positions 0")),
     ("eq. 4, statistics", "ResNet-8", SEED, (LONG, LONG + " --lambda-fm 0")),
-    ("eq. 1, noise (else 10 images a round)", "ResNet-8", SEED,
+    ("eq. 1, noise (else 10 images a cycle)", "ResNet-8", SEED,
      (LONG, LONG + " --magnitudes 0 0 0 0")),
     ("decoupled (25 minutes; steps in turns: 90)", "ResNet-8", SEED,
      (LONG, LONG + " --no-decoupled")),
