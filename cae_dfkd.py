@@ -10,7 +10,7 @@ people. We found neither the full text nor official code. Needs Python 3.10, tor
     python cae_dfkd.py --resume runs/NAME                      # goes on after Ctrl-C or a crash
     python cae_dfkd.py --eval-only runs/NAME/student.pt --dataset cifar10
 
-Test accuracy, %: teacher, student, untrained (CIFAR: 1,017 images and 3 seeds; shapes: 1 seed)
+Test accuracy, %: teacher, student, untrained (CIFAR: 1,017 images, 3 to 5 runs; shapes: 1)
      4 minutes, 2 cores, no flags (shapes)                               99.60, 94.25, 8.75
     38 minutes, 1 core,  --dataset cifar10 --student resnet20 --bf16     91.6, 89.9 ± 0.7, 8.4
      9 minutes, a GPU,   a ResNet-34 of our own to a ResNet-18, --bf16   92.5, 91.0 ± 0.4, 10.2
@@ -649,8 +649,8 @@ def student_step(state):
     ResNet-20, 4 for a ResNet-18. With B = 64 and P = 4 a term at places has N = 256 rows. The
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
-    Why places: an embedding is the mean of the last map, which many maps can share. Places pull all
-    parts to the teacher's: ResNet-8 and 20 gain 17 and 22 AP50 at shapes. Eq. 8 adds 5 points of
+    Why places: an embedding is the mean of the last map, which many maps can share. Places look at
+    all parts. By them ResNet-8 and 20 gain 17 and 22 AP50 at shapes. Eq. 8 adds 5 points of
     accuracy to a ResNet-18 but costs 4 of a linear probe (3 pairs, 115 cycles).    [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
