@@ -56,7 +56,7 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
     ("eq. 4, statistics", "ResNet-8", SEED, (LONG, LONG + " --lambda-fm 0")),
     ("eq. 1, noise (else 10 images a cycle)", "ResNet-8", SEED,
      (LONG, LONG + " --magnitudes 0 0 0 0")),
-    ("decoupled (25 minutes; steps in turns: 90)", "ResNet-8", SEED,
+    ("decoupled (else in turns, 3.6 times as long)", "ResNet-8", SEED,
      (LONG, LONG + " --no-decoupled")),
     ("eq. 1, category vectors (else plain noise)", "ResNet-8", SEED,
      (LONG, LONG + " --no-cend")),
@@ -65,7 +65,7 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
     ("eq. 5, adversary", "ResNet-8", SEED, (LONG, LONG + " --lambda-adv 0")),
     ("eq. 9, contrast", "ResNet-8", SEED, (LONG, LONG + " --lambda-cncl 0")),
     ("random colours", "ResNet-20, same CPU", CPU, (RESNET20, COLOURS)),
-    ("light generator (25 minutes; 2x wide, 30 steps: 65)", "ResNet-8", SEED,
+    ("light generator (else 2x wide, 30 steps, slower)", "ResNet-8", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30"))]
 GPU = "NVIDIA H200"
 FEWEST = 3      # pairs of a mean that is printed bold
