@@ -3,7 +3,7 @@ r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware e
 A trained classifier, the *teacher*, trains a new network, the *student*, without one real image. A
 third network, the *generator*, makes up the images. Paper: CAE-DFKD, arXiv 2504.21478, DAC 2025. We
 had its abstract, the beginning of its introduction, a review that quotes eq. 1, and notes by other
-people. We found neither the full text nor official code. Needs Python 3.10, torch 2.6 or newer.
+people. We could not reach the full text and found no code. Needs Python 3.10, torch 2.6 or newer.
 
     python cae_dfkd.py                                         # drawn shapes, minutes on a CPU
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # downloads teacher and test images
@@ -650,7 +650,7 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places look at
-    all parts. By them ResNet-8 and 20 gain 17 and 22 AP50 at shapes. Eq. 8 adds 5 points of
+    all parts. By them ResNet-8 and 20 gain 17 and 22 AP50 at scenes. Eq. 8 adds 5 points of
     accuracy to a ResNet-18 but costs 4 of a linear probe (3 pairs, 115 cycles).    [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)

@@ -41,16 +41,16 @@ OTHERS = [
     ("ResNet-8, by the ResNet-20", "CPU", RUN, LONG)]
 SEED = ("seed",)                            # what the runs of a pair share
 CPU = "seed", "processor"
-SAME = "seed", "commit", "processor"
+GPU = "NVIDIA H200"                         # its runs, all of one code, are paired by seed
 PARTS = [       # part, student, what a pair shares, flags with the part and without
     ("*chance: run again, other code or processor*", "ResNet-8", None, (LONG, LONG)),
     ("*chance: run again, other code or processor*", "ResNet-20", None,
      (RESNET20, RESNET20)),
     ("eq. 8", "ResNet-8", SEED, (LONG, LONG + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-8", SEED, (LONG, LONG + " --positions 0")),
-    ("eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --lambda-cae 0")),
-    ("places of eq. 8", "ResNet-20, *same*", SAME, (RESNET20, RESNET20 + " --positions 0")),
-    ("eq. 8", "ResNet-18, *same*", SAME, (RESNET18, RESNET18 + " --lambda-cae 0")),
+    ("eq. 8", "ResNet-20, *GPU*", GPU, (RESNET20, RESNET20 + " --lambda-cae 0")),
+    ("places of eq. 8", "ResNet-20, *GPU*", GPU, (RESNET20, RESNET20 + " --positions 0")),
+    ("eq. 8", "ResNet-18, *GPU*", GPU, (RESNET18, RESNET18 + " --lambda-cae 0")),
     ("eq. 8", "ResNet-18, teacher of 87.3 %", SEED, (WEAKER, WEAKER + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-18, teacher of 87.3 %", SEED, (WEAKER, WEAKER + " --positions 0")),
     ("eq. 4, statistics", "ResNet-8", SEED, (LONG, LONG + " --lambda-fm 0")),
@@ -67,7 +67,6 @@ PARTS = [       # part, student, what a pair shares, flags with the part and wit
     ("random colours", "ResNet-20, same CPU", CPU, (RESNET20, COLOURS)),
     ("light generator (else 2x wide, 30 steps, slower)", "ResNet-8", SEED,
      (LONG, LONG + " --generator-width 128 --synth-steps 30"))]
-GPU = "NVIDIA H200"
 FEWEST = 3      # pairs of a mean that is printed bold
 
 
@@ -142,6 +141,8 @@ def pairs_of(with_part, without, columns):
 
 def differences(runs, columns, flags):
     """Score -> the differences of all pairs: mean of the runs with the part, less that without."""
+    if columns == GPU:
+        runs, columns = on("GPU", runs), SEED
     pairs = pairs_of(*(scored_runs(runs, f) for f in flags), columns)
     return {score: [mean_of(a, score) - mean_of(b, score) for a, b in pairs] for score in SCORES}
 

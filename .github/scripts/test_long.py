@@ -154,8 +154,8 @@ def test_a_number_that_is_changed_by_hand_is_found(monkeypatch, tmp_path, capsys
 
 
 def test_parts_are_compared_seed_by_seed():
-    def runs(flags, *values, base=tables.LONG, commit="a"):
-        row = {"script": "cae_dfkd.py", "flags": base + flags, "commit": commit, "processor": "b"}
+    def runs(flags, *values, base=tables.LONG, on=tables.GPU):
+        row = {"script": "cae_dfkd.py", "flags": base + flags, "processor": on}
         return [row | {"seed": str(seed)} | dict.fromkeys(tables.SCORES, str(value))
                 for seed, value in enumerate(values)]
     full = runs("", 50, 60, 70) + runs("", 54, 60)      # seeds 0 and 1 ran twice: chance +4, 0
@@ -163,11 +163,11 @@ def test_parts_are_compared_seed_by_seed():
     less = runs(" --lambda-cae 0", 48, 57, 66)
     noisy = runs(" --lambda-fm 0", 41, 50, 61)          # the mean exceeds 3 x 2.8, so it is bold
     mixed = runs(" --no-cend", 12, 20, 71)              # one pair contradicts two, so it is not
-    wide = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, commit="c")
+    wide = runs("", 50, base=tables.RESNET20) + runs("", 60, base=tables.RESNET20, on="c")
     wide += runs(" --positions 0", 30, base=tables.RESNET20)    # a single pair is never bold
     _, _, *rows = tables.part_rows(full + steady + less + noisy + mixed + wide)
     assert [row.split(" | ")[1:4] for row in rows] == [
         ["ResNet-8", "2", "+2.0 ± 2.8"], ["ResNet-20", "1", "+10.0"],
         ["ResNet-8", "3", "+3.7 ± 0.6"], ["ResNet-8", "3", "+2.7 ± 0.6"],
-        ["ResNet-20, *same*", "1", "+20.0"], ["ResNet-8", "3", "**+10.0 ± 1.0**"],
+        ["ResNet-20, *GPU*", "1", "+20.0"], ["ResNet-8", "3", "**+10.0 ± 1.0**"],
         ["ResNet-8", "3", "+26.3 ± 23.7"]]
