@@ -3,7 +3,7 @@ r"""CAE-DFKD in one file: data-free knowledge distillation with category-aware e
 A trained classifier, the *teacher*, trains a new network, the *student*, without one real image. A
 third network, the *generator*, makes up the images. Paper: CAE-DFKD, arXiv 2504.21478, DAC 2025. We
 had its abstract, the beginning of its introduction, a review that quotes eq. 1, and notes by other
-people. We could not reach the full text and found no code. Needs Python 3.10, torch 2.6 or newer.
+people. We could not reach the full text, and found no code. Needs Python 3.10, torch 2.6 or newer.
 
     python cae_dfkd.py                                         # drawn shapes, minutes on a CPU
     python cae_dfkd.py --teacher resnet34 --dataset cifar10    # downloads teacher and test images
@@ -63,7 +63,7 @@ eq  what                               where                            source
                                                                         of images, of places in maps
 *Quoted*: the abstract, the beginning or the review says it. *Noted*: only notes by others say it.
 *Ours*, [our choice]: no source says it. Equation numbers are ours. Plain noise for eq. 1, no eq. 5,
-or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Some 90 lines do this.
+or no eq. 9 cost a ResNet-8 no score beyond chance (115 cycles, 3 seeds). Those parts take 90 lines.
 DAFL (1904.01186) trains a generator against a frozen teacher, and needs no data.
 DeepInversion (1912.08795) makes images that have the means and variances in BatchNorm layers.
 NAYER (2310.00258) gives the generator category embeddings, and resets its seed layer, the first.
@@ -611,7 +611,7 @@ def generator_step(state, e_hat, labels):
 def synthesis_round(state):
     """Phase A: generator steps on one batch, whose images then go to the bank -> loss terms.
         redrawn   labels, noise                new images, of the categories in turn
-        reset     seed layer, Adam's moments   lest G repeats its images (NAYER; unclear here)
+        reset     seed layer, Adam's moments   or G may repeat its images (NAYER; unclear here)
         kept      the other layers of G        they have learnt what images look like
         held      labels, noise in the round   a few steps teach G one batch, but not to draw for
                                                arbitrary noise                      [our choice]
@@ -650,12 +650,12 @@ def student_step(state):
     positive is the same place of the same image, negatives are all places of images of other
     categories, and all other places of its own category are left out.
     Why places: an embedding is the mean of the last map, which many maps can share. Places look at
-    all parts. By them ResNet-8 and 20 gain 17 and 22 AP50 at scenes. Eq. 8 adds 5 points of
-    accuracy to a ResNet-18 but costs 4 of a linear probe (3 pairs, 115 cycles).    [our choice]"""
+    all parts. They add 17 and 22 AP50 (chance ±5) at drawn scenes to a ResNet-8 and 20. Eq. 8 adds
+    5 points of accuracy to a ResNet-18, costs 4 of a probe (115 cycles, 3 pairs).  [our choice]"""
     config, student = state.config, state.student.train()
     images, labels = state.bank.sample(config.batch_size)
     l_cae = l_cncl = torch.zeros((), device=labels.device)
-    # Both see the same crops, with mirrored edges: test images have no black ones.  [our choice]
+    # Both networks see the same. Edges are mirrored: no test image has black ones.  [our choice]
     images = jitter_colours(augment(images, mode="reflect"))
     with autocast(images, config):
         with torch.no_grad():

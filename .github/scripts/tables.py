@@ -20,32 +20,31 @@ LONG = "--dataset cifar10 --cycles 115 --bf16"
 RESNET20 = "--dataset cifar10 --student resnet20 --cycles 115 --bf16"
 TEACHER34 = "--teacher resnet34 --teacher-ckpt resnet34_37epochs.pth"
 RESNET18 = f"--dataset cifar10 {TEACHER34} --cycles 115 --bf16"
-WEAKER = "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"      # its teacher: 87.3 %
-REAL = "real:FOLDER " + RESNET20           # flags of controls.py
+WEAKER = "--dataset cifar10 --teacher resnet34 --cycles 115 --bf16"     # its teacher: 87.3 %
+REAL = "real:FOLDER " + RESNET20            # flags of controls.py
 COLOURS = "same-colours " + RESNET20
 RUN = "cae_dfkd.py", "controls.py"          # scripts whose rows are runs
-NONE = ("network, no run",)                 # in the place of a script: a network is scored as it is
+NO_RUN = ("network, no run",)               # in the place of a script: a network is scored as it is
 RESULT = [      # what stands in the README, how it was trained, script, flags
-    ("*ResNet-20, teacher*", "a public file", NONE, "--teacher resnet20"),
+    ("*ResNet-20, teacher*", "a public file", NO_RUN, "--teacher resnet20"),
     ("**ResNet-20, student**", "GPU", RUN, RESNET20),
-    ("*ResNet-34, teacher*", "ours, not included", NONE, TEACHER34),
+    ("*ResNet-34, teacher*", "ours, not included", NO_RUN, TEACHER34),
     ("**ResNet-18, student**", "GPU", RUN, RESNET18)]
 OTHERS = [
     ("ResNet-20, from 5,085 real images", "GPU", RUN, REAL),
     ("ResNet-20, feature loss without *places*", "GPU", RUN, RESNET20 + " --positions 0"),
     ("ResNet-20, without the feature loss", "GPU", RUN, RESNET20 + " --lambda-cae 0"),
     ("ResNet-20, on CPUs", "CPU", RUN, RESNET20),
-    ("ResNet-20, not trained", "none", NONE, "--student resnet20"),
+    ("ResNet-20, not trained", "none", NO_RUN, "--student resnet20"),
     ("ResNet-18, without the feature loss", "GPU", RUN, RESNET18 + " --lambda-cae 0"),
-    ("ResNet-18, not trained", "none", NONE, "--student resnet18"),
+    ("ResNet-18, not trained", "none", NO_RUN, "--student resnet18"),
     ("ResNet-8, by the ResNet-20", "CPU", RUN, LONG)]
 SEED = ("seed",)                            # what the runs of a pair share
 CPU = "seed", "processor"
 GPU = "NVIDIA H200"                         # its runs, all of one code, are paired by seed
 PARTS = [       # part, student, what a pair shares, flags with the part and without
     ("*chance: run again, other code or processor*", "ResNet-8", None, (LONG, LONG)),
-    ("*chance: run again, other code or processor*", "ResNet-20", None,
-     (RESNET20, RESNET20)),
+    ("*chance: run again, other code or processor*", "ResNet-20", None, (RESNET20, RESNET20)),
     ("eq. 8", "ResNet-8", SEED, (LONG, LONG + " --lambda-cae 0")),
     ("places of eq. 8", "ResNet-8", SEED, (LONG, LONG + " --positions 0")),
     ("eq. 8", "ResNet-20, *GPU*", GPU, (RESNET20, RESNET20 + " --lambda-cae 0")),
@@ -98,7 +97,7 @@ def on(machine, runs):
 
 
 def network_rows(runs, title, networks):
-    """The table of networks, a list of lines. Networks without a row in runs.csv are left out."""
+    """The table of networks, a list of lines."""
     lines = [f"| {title} | training | CIFAR-10, % | clothing, % | scenes, AP50 | photos, AP50 |",
              "|---|---|---|---|---|---|"]
     for name, training, scripts, flags in networks:
@@ -107,9 +106,8 @@ def network_rows(runs, title, networks):
             scored = on(training, scored)
             minutes = mean_of(scored, "seconds") / 60
             training = f"{minutes:.0f} {training} min, {len(scored)} runs"
-        if scored:
-            cells = [spread([float(r[s]) for r in scored]) for s in SCORES]
-            lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
+        cells = [spread([float(r[s]) for r in scored]) for s in SCORES]
+        lines.append(" | ".join([f"| {name}", training, *cells]) + " |")
     return lines
 
 
